@@ -1,0 +1,1 @@
+"""The Triton kernels and what launches them; `launch` is the only door."""

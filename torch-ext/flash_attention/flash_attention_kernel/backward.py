@@ -1,0 +1,186 @@
+"""Attention backward in two kernels, without atomics: every gradient is bitwise repeatable.
+
+dq_kernel owns BLOCK_M query rows, forms delta = rowsum(dO * O) - dlse for them and sums dQ over
+the keys; dkdv_kernel owns BLOCK_N keys and sums dK and dV over the queries of every head in its
+group, so that nothing is expanded to the query heads. P is recomputed from Q, K and lse
+(FlashAttention-2, algorithm 2): seven matrix products in all where one fused pass needs five.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    LN2,
+    LOG2E,
+    at_head,
+    load_row,
+    load_tile,
+    row_at_head,
+    store_row,
+    store_tile,
+)
+from .masks import keep_mask, kv_block_range, q_block_range
+from .scores import probability, score_grad
+from .seqlen import find_block, partner_bounds, sequence_bounds
+
+
+@triton.jit
+def accumulate_dq(
+    acc, q_tile, dout_tile, lse_log2, delta_row, q_pos, k, v, begin, end, seqlen_q, seqlen_k, mods,
+    SPEC: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Add the keys [begin, end) to acc [BLOCK_M, BLOCK_D]: dQ, less the softmax scale."""
+    for start_n in tl.range(begin, end, BLOCK_N):
+        k_tile = load_tile(k, start_n, seqlen_k, BLOCK_N, BLOCK_D, MASKED, SPEC.head_dim)
+        v_tile = load_tile(v, start_n, seqlen_k, BLOCK_N, BLOCK_DV, MASKED, SPEC.head_dim_v)
+        qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        p = probability(qk, lse_log2[:, None], mods)
+        if MASKED:
+            k_pos = start_n + tl.arange(0, BLOCK_N)
+            keep = keep_mask(q_pos[:, None], k_pos[None, :], seqlen_q, seqlen_k, SPEC)
+            p = tl.where(keep, p, 0.0)
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        ds = score_grad(p, dp, delta_row[:, None])
+        acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["lse", "dlse", "delta", "q_lengths", "k_lengths", "num_tiles"])
+def dq_kernel(
+    q, k, v, out, dout, dq, lse, dlse, delta, q_lengths, k_lengths, num_tiles, group_size, mods,
+    SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (num_tiles * nheads,). Writes dq, and delta for dkdv_kernel.
+
+    lse, dlse (None: lse has no gradient) and delta are RowOperands, the other tensors Operands.
+    d lse / d scores = P, so that dS = P * (dP - rowsum(dO * O) + dlse): dlse belongs into delta.
+    """
+    head = tl.program_id(0) // num_tiles
+    seq, block = find_block(tl.program_id(0) % num_tiles, q_lengths, BLOCK_M)
+    q_first, seqlen_q = sequence_bounds(q_lengths, seq)
+    k_first, seqlen_k = partner_bounds(k_lengths, seq)
+    if SPEC.causal:  # longest first
+        block = tl.cdiv(seqlen_q, BLOCK_M) - 1 - block
+    start_m = block * BLOCK_M
+    if start_m < 0 or start_m >= seqlen_q:
+        return
+
+    q = at_head(q, seq, head, q_first)
+    k = at_head(k, seq, head // group_size, k_first)
+    v = at_head(v, seq, head // group_size, k_first)
+    out = at_head(out, seq, head, q_first)
+    dout = at_head(dout, seq, head, q_first)
+    q_tile = load_tile(q, start_m, seqlen_q, BLOCK_M, BLOCK_D, True, SPEC.head_dim)
+    dout_tile = load_tile(dout, start_m, seqlen_q, BLOCK_M, BLOCK_DV, True, SPEC.head_dim_v)
+    out_tile = load_tile(out, start_m, seqlen_q, BLOCK_M, BLOCK_DV, True, SPEC.head_dim_v)
+    lse = row_at_head(lse, seq, head, q_first)
+    lse_row = load_row(lse, start_m, seqlen_q, float("inf"), BLOCK_M, True)
+    q_pos = start_m + tl.arange(0, BLOCK_M)
+
+    delta_row = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        dlse = row_at_head(dlse, seq, head, q_first)
+        delta_row -= load_row(dlse, start_m, seqlen_q, 0.0, BLOCK_M, True)
+    delta_row = tl.where(lse_row == float("inf"), 0.0, delta_row)  # no keys, no gradient
+    store_row(row_at_head(delta, seq, head, q_first), start_m, seqlen_q, delta_row, BLOCK_M)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    full_end, end = kv_block_range(start_m, seqlen_q, seqlen_k, SPEC, BLOCK_M, BLOCK_N)
+    lse_log2 = lse_row * LOG2E
+    acc = accumulate_dq(
+        acc, q_tile, dout_tile, lse_log2, delta_row, q_pos, k, v, 0, full_end, seqlen_q, seqlen_k,
+        mods, SPEC, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    acc = accumulate_dq(
+        acc, q_tile, dout_tile, lse_log2, delta_row, q_pos, k, v, full_end, end, seqlen_q, seqlen_k,
+        mods, SPEC, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    acc *= mods.scale_log2 * LN2
+    dq = at_head(dq, seq, head, q_first)
+    store_tile(dq, start_m, seqlen_q, acc, BLOCK_M, BLOCK_D, SPEC.head_dim)
+
+
+@triton.jit
+def accumulate_dkdv(
+    dk_acc, dv_acc, k_tile, v_tile, k_pos, q, dout, lse, delta, begin, end, seqlen_q, seqlen_k,
+    mods, SPEC: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Add the query rows [begin, end) to dk_acc [BLOCK_N, BLOCK_D], less the scale, and dv_acc.
+
+    Scores are computed transposed, so that P and dS leave the first two products laid out as the
+    left operands of the last two.
+    """
+    for start_m in tl.range(begin, end, BLOCK_M):
+        q_tile = load_tile(q, start_m, seqlen_q, BLOCK_M, BLOCK_D, MASKED, SPEC.head_dim)
+        dout_tile = load_tile(dout, start_m, seqlen_q, BLOCK_M, BLOCK_DV, MASKED, SPEC.head_dim_v)
+        lse_log2 = LOG2E * load_row(lse, start_m, seqlen_q, float("inf"), BLOCK_M, MASKED)
+        delta_row = load_row(delta, start_m, seqlen_q, 0.0, BLOCK_M, MASKED)
+        qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        p = probability(qk, lse_log2[None, :], mods)  # rows past the end: lse = +inf, p = 0
+        if MASKED:
+            q_pos = start_m + tl.arange(0, BLOCK_M)
+            keep = keep_mask(q_pos[None, :], k_pos[:, None], seqlen_q, seqlen_k, SPEC)
+            p = tl.where(keep, p, 0.0)
+        dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        ds = score_grad(p, dp, delta_row[None, :])
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+    return dk_acc, dv_acc
+
+
+@triton.jit(do_not_specialize=["lse", "delta", "q_lengths", "k_lengths", "num_tiles"])
+def dkdv_kernel(
+    q, k, v, dout, dk, dv, lse, delta, q_lengths, k_lengths, num_tiles, group_size, mods,
+    SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Grid: (num_tiles * nheads_k,) over blocks of keys; if causal, the longest come first.
+
+    lse and delta are RowOperands, the other tensors Operands.
+    """
+    head_k = tl.program_id(0) // num_tiles
+    seq, block = find_block(tl.program_id(0) % num_tiles, k_lengths, BLOCK_N)
+    k_first, seqlen_k = sequence_bounds(k_lengths, seq)
+    q_first, seqlen_q = partner_bounds(q_lengths, seq)
+    start_n = block * BLOCK_N
+    if start_n >= seqlen_k:
+        return
+
+    k = at_head(k, seq, head_k, k_first)
+    v = at_head(v, seq, head_k, k_first)
+    k_tile = load_tile(k, start_n, seqlen_k, BLOCK_N, BLOCK_D, True, SPEC.head_dim)
+    v_tile = load_tile(v, start_n, seqlen_k, BLOCK_N, BLOCK_DV, True, SPEC.head_dim_v)
+    k_pos = start_n + tl.arange(0, BLOCK_N)
+
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
+    begin, full_begin, full_end = q_block_range(start_n, seqlen_q, seqlen_k, SPEC, BLOCK_M, BLOCK_N)
+    for head in tl.range(head_k * group_size, (head_k + 1) * group_size):
+        q_head = at_head(q, seq, head, q_first)
+        dout_head = at_head(dout, seq, head, q_first)
+        lse_head = row_at_head(lse, seq, head, q_first)
+        delta_head = row_at_head(delta, seq, head, q_first)
+        if SPEC.causal:  # the blocks that the diagonal crosses
+            dk_acc, dv_acc = accumulate_dkdv(
+                dk_acc, dv_acc, k_tile, v_tile, k_pos, q_head, dout_head, lse_head, delta_head,
+                begin, full_begin, seqlen_q, seqlen_k, mods,
+                SPEC, True, BLOCK_M, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        dk_acc, dv_acc = accumulate_dkdv(
+            dk_acc, dv_acc, k_tile, v_tile, k_pos, q_head, dout_head, lse_head, delta_head,
+            full_begin, full_end, seqlen_q, seqlen_k, mods,
+            SPEC, False, BLOCK_M, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+        dk_acc, dv_acc = accumulate_dkdv(  # the rows that do not fill a block
+            dk_acc, dv_acc, k_tile, v_tile, k_pos, q_head, dout_head, lse_head, delta_head,
+            full_end, seqlen_q, seqlen_q, seqlen_k, mods,
+            SPEC, True, BLOCK_M, BLOCK_D, BLOCK_DV,
+        )  # fmt: skip
+    dk_acc *= mods.scale_log2 * LN2
+    dk = at_head(dk, seq, head_k, k_first)
+    dv = at_head(dv, seq, head_k, k_first)
+    store_tile(dk, start_n, seqlen_k, dk_acc, BLOCK_N, BLOCK_D, SPEC.head_dim)
+    store_tile(dv, start_n, seqlen_k, dv_acc, BLOCK_N, BLOCK_DV, SPEC.head_dim_v)

@@ -1,0 +1,135 @@
+"""What every kernel shares: operands, the compile-time SPEC, constants, and tile load and store."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e): natural logits -> log2 units
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # log(2): log2 units -> natural
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a kernel is compiled for, passed as one `tl.constexpr`.
+
+    Plain fields only: Triton's disk cache keys a kernel by this object's repr, so the code of a
+    property would not be part of the key.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    causal: bool
+    defer_scale: bool  # forward: scale inside the exponent, which needs softmax_scale > 0
+
+
+class Operand(NamedTuple):
+    """A [batch, seqlen, heads, head_dim] tensor as a kernel argument: pointer, element strides.
+
+    Packed (varlen) tensors have batch stride 0; a sequence is found by its first row instead.
+    """
+
+    ptr: Any
+    batch: int
+    seq: int
+    head: int
+    dim: int
+
+
+class RowOperand(NamedTuple):
+    """A float32 [batch, heads, seqlen] tensor (lse, delta): pointer, element strides."""
+
+    ptr: Any
+    batch: int
+    head: int
+
+
+class Mods(NamedTuple):
+    """Run-time values that change the scores."""
+
+    scale_log2: float  # |softmax_scale| * log2(e) when the SPEC defers the scale, else signed
+
+
+@triton.jit
+def at_head(operand, batch, head, first_row):
+    """The operand moved to row `first_row` of one head; 64-bit, as offsets may pass 2^31."""
+    ptr = (
+        operand.ptr
+        + tl.cast(batch, tl.int64) * operand.batch
+        + tl.cast(head, tl.int64) * operand.head
+        + tl.cast(first_row, tl.int64) * operand.seq
+    )
+    return Operand(ptr, operand.batch, operand.seq, operand.head, operand.dim)
+
+
+@triton.jit
+def tile_ptrs(operand, start, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS] pointers from row `start` on; 64-bit, as one row stride may pass 2^24."""
+    offs_row = tl.arange(0, ROWS).to(tl.int64)
+    offs_d = tl.arange(0, COLS)
+    ptr = operand.ptr + tl.cast(start, tl.int64) * operand.seq
+    return ptr + offs_row[:, None] * operand.seq + offs_d[None, :] * operand.dim
+
+
+@triton.jit
+def tile_mask(
+    start, rows, ROWS: tl.constexpr, COLS: tl.constexpr, MASK_ROWS: tl.constexpr, DIM: tl.constexpr
+):
+    """[ROWS, COLS] bool, or None if all is inside: rows below `rows`, columns below DIM."""
+    in_rows = (start + tl.arange(0, ROWS) < rows)[:, None]
+    in_dims = (tl.arange(0, COLS) < DIM)[None, :]
+    if MASK_ROWS and DIM < COLS:
+        return in_rows & in_dims
+    elif MASK_ROWS:
+        return in_rows
+    elif DIM < COLS:
+        return in_dims
+    else:
+        return None
+
+
+@triton.jit
+def load_tile(
+    operand, start, rows, ROWS: tl.constexpr, COLS: tl.constexpr, MASK_ROWS: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """[ROWS, COLS] from row `start` on. What lies past `rows` or DIM is never read and gives 0."""
+    mask = tile_mask(start, rows, ROWS, COLS, MASK_ROWS, DIM)
+    ptrs = tile_ptrs(operand, start, ROWS, COLS)
+    if mask is None:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    operand, start, rows, tile, ROWS: tl.constexpr, COLS: tl.constexpr, DIM: tl.constexpr
+):
+    """Store [ROWS, COLS] in the operand's dtype; what lies past `rows` or DIM is not written."""
+    mask = tile_mask(start, rows, ROWS, COLS, True, DIM)
+    tl.store(tile_ptrs(operand, start, ROWS, COLS), tile.to(operand.ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def row_at_head(operand, batch, head, first_row):
+    """A RowOperand moved to entry `first_row` of one head."""
+    offset = tl.cast(batch, tl.int64) * operand.batch + tl.cast(head, tl.int64) * operand.head + first_row
+    return RowOperand(operand.ptr + offset, operand.batch, operand.head)
+
+
+@triton.jit
+def load_row(operand, start, rows, other, ROWS: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """[ROWS] from entry `start` on; `other` past `rows`."""
+    offs = start + tl.arange(0, ROWS)
+    if MASK_ROWS:
+        return tl.load(operand.ptr + offs, mask=offs < rows, other=other)
+    else:
+        return tl.load(operand.ptr + offs)
+
+
+@triton.jit
+def store_row(operand, start, rows, values, ROWS: tl.constexpr):
+    """Store [ROWS] from entry `start` on; nothing past `rows`."""
+    offs = start + tl.arange(0, ROWS)
+    tl.store(operand.ptr + offs, values, mask=offs < rows)

@@ -1,0 +1,87 @@
+"""Tile shapes: which config a kernel runs with. Tables in tuned/*.json, never run-time tuning."""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Dict
+
+import torch
+
+MIN_BLOCK_D = 16  # the smallest extent a matrix instruction takes
+TABLE_HEAD_DIMS = (64, 128, 256)  # the tables' rows; a head_dim uses the next row up
+KERNELS = ("forward", "dq", "dkdv")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """BLOCK_M query rows by BLOCK_N keys per step, and how Triton is to compile it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """One tuned/*.json: `rows` maps 'kernel/bytes/head_dim/mask' to the four TileConfig fields."""
+
+    architectures: tuple
+    shared_memory: int  # bytes one program may use
+    rows: Dict[str, TileConfig]
+
+    def __hash__(self):
+        return hash(self.architectures)
+
+
+@functools.lru_cache(maxsize=None)
+def tables():
+    """Every shipped table, by architecture name."""
+    by_architecture = {}
+    for path in sorted(Path(__file__).parent.joinpath("tuned").glob("*.json")):
+        data = json.loads(path.read_text())
+        rows = {key: TileConfig(*row["tile"]) for key, row in data["rows"].items()}
+        table = Table(tuple(data["architectures"]), data["shared_memory"], rows)
+        by_architecture.update(dict.fromkeys(table.architectures, table))
+    return by_architecture
+
+
+@functools.lru_cache(maxsize=None)
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, `xpu`, ... of a device; a CPU only ever runs the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_%d%d" % torch.cuda.get_device_capability(device)
+
+
+def table_for(arch: str) -> Table:
+    """The table of an architecture, or that of its nearest relative."""
+    if arch in tables():
+        return tables()[arch]
+    if arch.startswith("sm_10") or arch.startswith("sm_11"):
+        return tables()["sm_100"]
+    if arch.startswith("sm_"):  # 99 KiB of shared memory: what every other card has
+        return tables()["sm_86"]
+    return tables()["gfx942"]  # 64 KiB: other AMD cards, XPU, the interpreter
+
+
+def block_dim(head_dim: int) -> int:
+    """Head dimensions are padded to a power of two."""
+    return max(MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
+
+
+def row_key(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool) -> str:
+    """The key of a table row, e.g. 'forward/2/128/causal': kernel, bytes per element, head_dim."""
+    width = next(dim for dim in TABLE_HEAD_DIMS if head_dim <= dim)
+    return f"{kernel}/{dtype.itemsize}/{width}/{'causal' if causal else 'full'}"
+
+
+@functools.lru_cache(maxsize=None)
+def choose(
+    kernel: str, arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, causal: bool
+) -> TileConfig:
+    """The config of one of KERNELS on an architecture."""
+    return table_for(arch).rows[row_key(kernel, dtype, max(head_dim, head_dim_v), causal)]

@@ -1,0 +1,31 @@
+"""Online softmax (Milakov and Gimelshein 2018; FlashAttention-2, algorithm 1)."""
+
+import triton
+import triton.language as tl
+
+from .common import LN2
+
+
+@triton.jit
+def online_softmax_update(acc, l_i, m_i, scores, scale, MASKED: tl.constexpr):
+    """Fold one block of scores [BLOCK_M, BLOCK_N] into the running state.
+
+    acc [BLOCK_M, BLOCK_DV], l_i and m_i [BLOCK_M]: output, sum and maximum so far; m_i has the
+    scores' units and `scale` turns those into log2 units. -> (p, acc, l_i, m_i), acc rescaled.
+    """
+    m_new = tl.maximum(m_i, tl.max(scores, 1))
+    m_log2 = m_new * scale
+    if MASKED:  # a row that has seen no key yet keeps m = -inf; -inf - -inf would be NaN
+        m_log2 = tl.where(m_new == float("-inf"), 0.0, m_log2)
+    p = tl.exp2(scores * scale - m_log2[:, None])
+    alpha = tl.exp2(m_i * scale - m_log2)
+    return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
+
+
+@triton.jit
+def finalize(acc, l_i, m_i, scale):
+    """-> (output [BLOCK_M, BLOCK_DV], natural-log lse [BLOCK_M]); a row without keys: 0, +inf."""
+    empty = l_i == 0.0
+    out = acc / tl.where(empty, 1.0, l_i)[:, None]
+    lse = (m_i * scale + tl.log2(l_i)) * LN2
+    return out, tl.where(empty, float("inf"), lse)

@@ -1,0 +1,56 @@
+"""The ops behind the schemas of torch_binding.h: fakes, and each device's implementation."""
+
+import functools
+
+import torch
+
+from . import cpu
+from ._ops import add_op_namespace_prefix, ops
+from .problem import AttentionProblem
+
+# The default overloads: a packet would look the overload up on every call.
+fwd = ops.fwd.default
+bwd = ops.bwd.default
+
+
+@functools.lru_cache(maxsize=None)
+def _launch():
+    """The Triton launcher, imported at the first launch: the package loads without Triton."""
+    from .flash_attention_kernel import launch
+
+    return launch
+
+
+def _fwd_cpu(*fields):
+    return cpu.forward(AttentionProblem(*fields))
+
+
+def _bwd_cpu(dout, dlse, out, lse, *fields):
+    return cpu.backward(AttentionProblem(*fields), dout, dlse, out, lse)
+
+
+def _fwd_triton(*fields):
+    return _launch().forward(AttentionProblem(*fields))
+
+
+def _bwd_triton(dout, dlse, out, lse, *fields):
+    return _launch().backward(AttentionProblem(*fields), dout, dlse, out, lse)
+
+
+torch.library.impl(add_op_namespace_prefix("fwd"), "CPU", _fwd_cpu)
+torch.library.impl(add_op_namespace_prefix("bwd"), "CPU", _bwd_cpu)
+torch.library.impl(add_op_namespace_prefix("fwd"), "CUDA", _fwd_triton)  # ROCm is CUDA to torch
+torch.library.impl(add_op_namespace_prefix("bwd"), "CUDA", _bwd_triton)
+torch.library.impl(add_op_namespace_prefix("fwd"), "XPU", _fwd_triton)
+torch.library.impl(add_op_namespace_prefix("bwd"), "XPU", _bwd_triton)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("fwd"))
+def _fwd_fake(*fields):
+    problem = AttentionProblem(*fields)
+    return problem.empty_out(), problem.empty_lse()
+
+
+@torch.library.register_fake(add_op_namespace_prefix("bwd"))
+def _bwd_fake(dout, dlse, out, lse, *fields):
+    return AttentionProblem(*fields).empty_grads()
