@@ -104,29 +104,49 @@ def dq_kernel(
 
 @triton.jit
 def accumulate_dkdv(
-    dk_acc, dv_acc, k_tile, v_tile, k_pos, q, dout, lse, delta, begin, end, seqlen_q, seqlen_k,
-    mods, SPEC: tl.constexpr, MASKED: tl.constexpr,
+    dk_acc, dv_acc, k_tile, v_tile, k_pos, q, dout, lse, delta, group_size,
+    begin, gap_begin, gap_end, end, seqlen_q, seqlen_k, mods,
+    SPEC: tl.constexpr, MASKED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """Add the query rows [begin, end) to dk_acc [BLOCK_N, BLOCK_D], less the scale, and dv_acc.
+    """Add the query rows [begin, gap_begin) and [gap_end, end) of `group_size` heads, of which q, dout,
+    lse and delta stand at the first, to dk_acc [BLOCK_N, BLOCK_D], less the scale, and dv_acc.
 
+    One flat loop over heads and blocks: nested ones kept 60 registers more alive, and spilled.
     Scores are computed transposed, so that P and dS leave the first two products laid out as the
     left operands of the last two.
     """
-    for start_m in tl.range(begin, end, BLOCK_M):
-        q_tile = load_tile(q, start_m, seqlen_q, BLOCK_M, BLOCK_D, MASKED, SPEC.head_dim)
-        dout_tile = load_tile(dout, start_m, seqlen_q, BLOCK_M, BLOCK_DV, MASKED, SPEC.head_dim_v)
-        lse_log2 = LOG2E * load_row(lse, start_m, seqlen_q, float("inf"), BLOCK_M, MASKED)
-        delta_row = load_row(delta, start_m, seqlen_q, 0.0, BLOCK_M, MASKED)
+    gap = gap_end - gap_begin
+    blocks = tl.cdiv(end - begin - gap, BLOCK_M)  # per head
+    for step in tl.range(0, group_size * blocks):
+        head = 0
+        block = step
+        if group_size != 1:
+            head = step // blocks
+            block = step % blocks
+        start_m = begin + block * BLOCK_M
+        if MASKED:
+            start_m = tl.where(start_m < gap_begin, start_m, start_m + gap)
+        q_head = at_head(q, 0, head, 0)
+        dout_head = at_head(dout, 0, head, 0)
+        lse_head = row_at_head(lse, 0, head, 0)
+        delta_head = row_at_head(delta, 0, head, 0)
+        q_tile = load_tile(q_head, start_m, seqlen_q, BLOCK_M, BLOCK_D, MASKED, SPEC.head_dim)
+        dout_tile = load_tile(
+            dout_head, start_m, seqlen_q, BLOCK_M, BLOCK_DV, MASKED, SPEC.head_dim_v
+        )
+        lse_log2 = LOG2E * load_row(lse_head, start_m, seqlen_q, 0.0, BLOCK_M, MASKED)
+        delta_row = load_row(delta_head, start_m, seqlen_q, 0.0, BLOCK_M, MASKED)
         qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        p = probability(qk, lse_log2[None, :], mods)  # rows past the end: lse = +inf, p = 0
+        p = probability(qk, lse_log2[None, :], mods)
         if MASKED:
             q_pos = start_m + tl.arange(0, BLOCK_M)
             keep = keep_mask(q_pos[None, :], k_pos[:, None], seqlen_q, seqlen_k, SPEC)
-            p = tl.where(keep, p, 0.0)
-        dv_acc = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+            p = tl.where(keep & (q_pos < seqlen_q)[None, :], p, 0.0)
+        p = p.to(dout_tile.dtype)
+        dv_acc = tl.dot(p, dout_tile, dv_acc, input_precision="ieee")
         dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        ds = score_grad(p, dp, delta_row[None, :])
+        ds = score_grad(p.to(tl.float32), dp, delta_row[None, :])
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     return dk_acc, dv_acc
 
@@ -158,27 +178,20 @@ def dkdv_kernel(
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], dtype=tl.float32)
     begin, full_begin, full_end = q_block_range(start_n, seqlen_q, seqlen_k, SPEC, BLOCK_M, BLOCK_N)
-    for head in tl.range(head_k * group_size, (head_k + 1) * group_size):
-        q_head = at_head(q, seq, head, q_first)
-        dout_head = at_head(dout, seq, head, q_first)
-        lse_head = row_at_head(lse, seq, head, q_first)
-        delta_head = row_at_head(delta, seq, head, q_first)
-        if SPEC.causal:  # the blocks that the diagonal crosses
-            dk_acc, dv_acc = accumulate_dkdv(
-                dk_acc, dv_acc, k_tile, v_tile, k_pos, q_head, dout_head, lse_head, delta_head,
-                begin, full_begin, seqlen_q, seqlen_k, mods,
-                SPEC, True, BLOCK_M, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        dk_acc, dv_acc = accumulate_dkdv(
-            dk_acc, dv_acc, k_tile, v_tile, k_pos, q_head, dout_head, lse_head, delta_head,
-            full_begin, full_end, seqlen_q, seqlen_k, mods,
-            SPEC, False, BLOCK_M, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
-        dk_acc, dv_acc = accumulate_dkdv(  # the rows that do not fill a block
-            dk_acc, dv_acc, k_tile, v_tile, k_pos, q_head, dout_head, lse_head, delta_head,
-            full_end, seqlen_q, seqlen_q, seqlen_k, mods,
-            SPEC, True, BLOCK_M, BLOCK_D, BLOCK_DV,
-        )  # fmt: skip
+    q = at_head(q, seq, head_k * group_size, q_first)
+    dout = at_head(dout, seq, head_k * group_size, q_first)
+    lse = row_at_head(lse, seq, head_k * group_size, q_first)
+    delta = row_at_head(delta, seq, head_k * group_size, q_first)
+    dk_acc, dv_acc = accumulate_dkdv(
+        dk_acc, dv_acc, k_tile, v_tile, k_pos, q, dout, lse, delta, group_size,
+        full_begin, full_end, full_end, full_end, seqlen_q, seqlen_k, mods,
+        SPEC, False, BLOCK_M, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
+    dk_acc, dv_acc = accumulate_dkdv(  # the diagonal's blocks, and the rows that fill no block
+        dk_acc, dv_acc, k_tile, v_tile, k_pos, q, dout, lse, delta, group_size,
+        begin, full_begin, full_end, seqlen_q, seqlen_q, seqlen_k, mods,
+        SPEC, True, BLOCK_M, BLOCK_D, BLOCK_DV,
+    )  # fmt: skip
     dk_acc *= mods.scale_log2 * LN2
     dk = at_head(dk, seq, head_k, k_first)
     dv = at_head(dv, seq, head_k, k_first)

@@ -1,0 +1,191 @@
+"""Compile the shipped configs for every card, without a GPU, and hold them to its limits.
+
+    python tools/aot.py [--arch sm_80 sm_90 ...] [--quick] [--jobs 2] [--csv FILE]
+
+Each row of each table (flash_attention_kernel/tuned/) is compiled to a cubin or hsaco through the
+launcher's own arguments; registers, spilled bytes and shared memory are reported, and the exit
+code is 1 if a kernel spills or does not fit.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+
+import torch
+import triton
+from kernels import get_local_kernel
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+SHARED_MEMORY = {  # bytes one program may use (CUDA programming guide, table of capabilities)
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Row(NamedTuple):
+    """One kernel to compile: what selects a table row, and varlen."""
+
+    arch: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    causal: bool
+    varlen: bool
+
+
+class Report(NamedTuple):
+    """What the compiler made of a row."""
+
+    registers: int
+    spill_bytes: int
+    shared: int
+
+
+class OfflineDriver:
+    """Stands in for a GPU: Triton's launcher asks it for nothing but the target to compile for."""
+
+    def __init__(self, arch: str):
+        if arch.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(arch[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", arch, 64)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # the key of Triton's in-memory kernel cache
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def package():
+    """The local build's package; its kernels are the ones that ship."""
+    return get_local_kernel(ROOT, backend="cpu").__name__
+
+
+def problem_for(row: Row):
+    """A problem on the meta device: shapes, strides and dtypes, no data. Packed, it has GQA too."""
+    make = import_module(f"{package()}.problem").AttentionProblem
+    rows, heads_k = ((512,), 2) if row.varlen else ((2, 256), 4)
+    q, k, v = (
+        torch.empty((*rows, heads, row.head_dim), dtype=DTYPES[row.dtype], device="meta")
+        for heads in (4, heads_k, heads_k)
+    )
+    if row.varlen:
+        cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
+        return make.varlen(q, k, v, cu_seqlens, cu_seqlens, causal=row.causal)
+    return make.dense(q, k, v, causal=row.causal)
+
+
+def launch_for(row: Row, tile=None):
+    """The launch that the table, or `tile`, gives for a row."""
+    launch = import_module(f"{package()}.flash_attention_kernel.launch")
+    problem = problem_for(row)
+    if tile is None:
+        dtype, dim = DTYPES[row.dtype], row.head_dim
+        tile = launch.choose(row.kernel, row.arch, dtype, dim, dim, row.causal)
+    out, lse = problem.empty_out(), problem.empty_lse()
+    dq, dk, dv = problem.empty_grads()
+    if row.kernel == "forward":
+        return launch.forward_launch(problem, out, lse, tile)
+    if row.kernel == "dq":
+        return launch.dq_launch(problem, out, None, out, lse, dq, lse, tile)
+    return launch.dkdv_launch(problem, out, lse, lse, dk, dv, tile)
+
+
+def compile_row(row: Row, tile=None) -> Report:
+    """Compile one row for its architecture."""
+    driver.set_active(OfflineDriver(row.arch))
+    launch = launch_for(row, tile)
+    compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    if row.arch.startswith("sm_"):
+        registers, spill = cubin_usage(compiled.asm["cubin"])
+    else:
+        registers, spill = hsaco_usage(compiled.asm["amdgcn"])
+    return Report(registers, spill, compiled.metadata.shared)
+
+
+def cubin_usage(cubin: bytes):
+    """-> (registers, bytes of stack: Triton's kernels have none but for spills)"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"REG:(\d+)", text).group(1)), int(re.search(r"STACK:(\d+)", text).group(1))
+
+
+def hsaco_usage(assembly: str):
+    """-> (vector registers, bytes of scratch)"""
+    vgprs = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly).group(1))
+    return vgprs, int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly).group(1))
+
+
+def rows(architectures, quick: bool):
+    """Every table row; `quick`: one head_dim per kernel, the rows most likely to spill or not fit."""
+    dims = (128,) if quick else (64, 128, 256)
+    dtypes = ("fp16",) if quick else ("fp16", "bf16", "fp32")
+    for arch in architectures:
+        for kernel in ("forward", "dq", "dkdv"):
+            for dtype in dtypes:
+                for dim in dims:
+                    for causal in (True,) if quick else (False, True):
+                        yield Row(arch, kernel, dtype, dim, causal, varlen=quick)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="a subset that takes a minute")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--csv", type=Path, help="write the report here")
+    args = parser.parse_args()
+
+    todo = list(rows(args.arch, args.quick))
+    print(f"triton {triton.__version__}: {len(todo)} kernels", flush=True)
+    records, bad = [], 0
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for row, report in zip(todo, pool.map(compile_row, todo)):
+            fits = report.shared <= SHARED_MEMORY[row.arch]
+            verdict = "" if fits and not report.spill_bytes else "BAD"
+            bad += bool(verdict)
+            records.append({"triton": triton.__version__, **row._asdict(), **report._asdict(), "limit": SHARED_MEMORY[row.arch]})
+            print(
+                f"{row.arch:7} {row.kernel:8} {row.dtype} D {row.head_dim:3} "
+                f"{'causal' if row.causal else 'full  '} {'varlen' if row.varlen else 'dense '} "
+                f"{report.registers:4} registers {report.spill_bytes:5} B spilled "
+                f"{report.shared:7} of {SHARED_MEMORY[row.arch]} B shared {verdict}",
+                flush=True,
+            )
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, records[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+    print(f"{len(todo) - bad} of {len(todo)} kernels fit without spills")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
