@@ -16,9 +16,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import tomllib
 from pathlib import Path
 
+import tomllib
 from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
 from torch.utils.cpp_extension import include_paths, library_paths
 

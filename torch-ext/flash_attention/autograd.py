@@ -35,4 +35,4 @@ def attention(problem: AttentionProblem):
     """-> (out, lse); recorded, and its tensors saved, only if a gradient is wanted."""
     if problem.needs_grad():
         return Attention.apply(*problem)
-    return ops.fwd(*problem)
+    return ops.fwd_eager(problem)

@@ -37,6 +37,24 @@ def _bwd_triton(dout, dlse, out, lse, *fields):
     return _launch().backward(AttentionProblem(*fields), dout, dlse, out, lse)
 
 
+def fwd_eager(problem):
+    """`fwd` without the dispatcher, which takes 11 us of host time a call (on an H200's host).
+
+    Only where nothing but the device's implementation would have run: plain tensors on a GPU, no
+    gradient wanted, and nobody tracing, compiling, vmapping or otherwise looking on.
+    """
+    if (
+        problem.q.is_cuda
+        and type(problem.q) is type(problem.k) is type(problem.v) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    ):
+        return _launch().forward(problem)
+    return fwd(*problem)
+
+
 torch.library.impl(add_op_namespace_prefix("fwd"), "CPU", _fwd_cpu)
 torch.library.impl(add_op_namespace_prefix("bwd"), "CPU", _bwd_cpu)
 torch.library.impl(add_op_namespace_prefix("fwd"), "CUDA", _fwd_triton)  # ROCm is CUDA to torch

@@ -60,6 +60,8 @@ class AttentionProblem(NamedTuple):
     def empty_out(self) -> Tensor:
         """Uninitialised out: q's shape with head_dim_v columns, q's order of dimensions."""
         q, head_dim_v = self.q, self.v.shape[-1]
+        if head_dim_v == q.shape[-1]:
+            return torch.empty_like(q)
         if q.dim() == 4 and q.stride(2) > q.stride(1):  # heads first in memory
             batch, seqlen, nheads, _ = q.shape
             return q.new_empty((batch, nheads, seqlen, head_dim_v)).transpose(1, 2)
@@ -68,7 +70,7 @@ class AttentionProblem(NamedTuple):
     def empty_lse(self) -> Tensor:
         """Uninitialised lse, float32: [batch, nheads, seqlen_q], packed [nheads, total_q]."""
         *batch, seqlen, nheads, _ = self.q.shape
-        return self.q.new_empty((*batch, nheads, seqlen), dtype=torch.float32)
+        return torch.empty((*batch, nheads, seqlen), dtype=torch.float32, device=self.q.device)
 
     def empty_grads(self):
         """Uninitialised (dq, dk, dv), each like its tensor."""

@@ -9,6 +9,10 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e): natural logits -> log2 units
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # log(2): log2 units -> natural
 
+# Arguments that change from call to call: a kernel compiled for one value serves all. Not rows_q:
+# where 16 divides it, lse and delta load in pairs, without which dkdv_kernel spills.
+UNSPECIALIZED = ("cu_seqlens_q", "cu_seqlens_k", "rows_k", "batch", "num_tiles")
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -38,7 +42,7 @@ class Operand(NamedTuple):
 
 
 class RowOperand(NamedTuple):
-    """A float32 [batch, heads, seqlen] tensor (lse, delta): pointer, element strides."""
+    """A contiguous float32 [batch, heads, seqlen] tensor (lse, delta): pointer, element strides."""
 
     ptr: Any
     batch: int
@@ -76,7 +80,7 @@ def tile_ptrs(operand, start, ROWS: tl.constexpr, COLS: tl.constexpr):
 def tile_mask(
     start, rows, ROWS: tl.constexpr, COLS: tl.constexpr, MASK_ROWS: tl.constexpr, DIM: tl.constexpr
 ):
-    """Bool, [ROWS, COLS] or broadcast to it: rows below `rows` (if MASK_ROWS), columns below DIM."""
+    """Bool, broadcast to [ROWS, COLS]: rows below `rows` if MASK_ROWS, columns below DIM."""
     in_dims = (tl.arange(0, COLS) < DIM)[None, :]
     if MASK_ROWS:
         in_rows = (start + tl.arange(0, ROWS) < rows)[:, None]
@@ -90,7 +94,8 @@ def tile_mask(
 
 @triton.jit
 def load_tile(
-    operand, start, rows, ROWS: tl.constexpr, COLS: tl.constexpr, MASK_ROWS: tl.constexpr, DIM: tl.constexpr
+    operand, start, rows,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MASK_ROWS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, COLS] from row `start` on. What lies past `rows` or DIM is never read and gives 0."""
     ptrs = tile_ptrs(operand, start, ROWS, COLS)
@@ -111,10 +116,20 @@ def store_tile(
 
 
 @triton.jit
+def row_operand(ptr, nheads, lengths):
+    """A RowOperand for the rows that `lengths` describes; packed, it is [heads, total]."""
+    head_stride = tl.cast(lengths.rows, tl.int64)
+    batch_stride = head_stride * nheads
+    if lengths.cu_seqlens is not None:
+        batch_stride = tl.cast(0, tl.int64)
+    return RowOperand(ptr, batch_stride, head_stride)
+
+
+@triton.jit
 def row_at_head(operand, batch, head, first_row):
     """A RowOperand moved to entry `first_row` of one head."""
-    offset = tl.cast(batch, tl.int64) * operand.batch + tl.cast(head, tl.int64) * operand.head + first_row
-    return RowOperand(operand.ptr + offset, operand.batch, operand.head)
+    offset = tl.cast(batch, tl.int64) * operand.batch + tl.cast(head, tl.int64) * operand.head
+    return RowOperand(operand.ptr + offset + first_row, operand.batch, operand.head)
 
 
 @triton.jit

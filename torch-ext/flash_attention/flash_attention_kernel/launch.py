@@ -1,18 +1,23 @@
 """From a problem to kernel calls: config, buffers, grid, arguments.
 
-`*_launch` builds a call without making it, which is what tools/aot.py compiles offline.
+`*_launch` builds a call from scratch; tools/aot.py compiles those offline. `forward` and `backward`
+keep what a call was built of under the signature of its tensors, so that the next call with the
+same shapes and strides only fills in the pointers.
 """
 
 import functools
 from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
+import triton
 
 from .backward import dkdv_kernel, dq_kernel
-from .common import LOG2E, Mods, Operand, RowOperand, Spec
+from .common import LOG2E, Mods, Operand, Spec
 from .config import TileConfig, architecture, block_dim, choose
 from .forward import forward_kernel
 from .seqlen import Lengths, num_tiles
+
+MAX_PLANS = 4096  # signatures remembered; one costs about 2 KiB
 
 
 class Launch(NamedTuple):
@@ -23,47 +28,27 @@ class Launch(NamedTuple):
     args: tuple
     options: dict
 
-    def run(self):
-        if self.grid[0] > 0:
-            self.kernel[self.grid](*self.args, **self.options)
-
 
 @functools.lru_cache(maxsize=None)
 def _options(tile: TileConfig, head_dim: int, head_dim_v: int, causal: bool, defer_scale: bool):
-    """The compile-time half of a call; cached, as building it costs host time on every call."""
+    """The compile-time half of a call; the kernels' constexpr parameters first, in their order."""
     return {
         "SPEC": Spec(head_dim, head_dim_v, causal, defer_scale),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_dim(head_dim),
-        "BLOCK_DV": block_dim(head_dim_v),
+        "BLOCK_D": block_dim(max(head_dim, head_dim_v)),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,
     }
 
 
+NUM_CONSTEXPRS = 4  # SPEC to BLOCK_D
+
+
 def _operand(tensor) -> Operand:
     strides = tensor.stride()
     return Operand(tensor, *strides) if len(strides) == 4 else Operand(tensor, 0, *strides)
-
-
-def _row_operand(tensor) -> Optional[RowOperand]:
-    if tensor is None:
-        return None
-    strides = tensor.stride()
-    return RowOperand(tensor, *strides[:2]) if len(strides) == 3 else RowOperand(tensor, 0, strides[0])
-
-
-def _lengths(problem) -> Tuple[Lengths, Lengths]:
-    q, k = problem.q, problem.k
-    if problem.cu_seqlens_q is None:
-        return Lengths(None, q.shape[1], q.shape[0]), Lengths(None, k.shape[1], k.shape[0])
-    batch = problem.cu_seqlens_q.shape[0] - 1
-    return (
-        Lengths(problem.cu_seqlens_q, q.shape[0], batch),
-        Lengths(problem.cu_seqlens_k, k.shape[0], batch),
-    )
 
 
 def _tile(kernel: str, problem) -> TileConfig:
@@ -72,49 +57,115 @@ def _tile(kernel: str, problem) -> TileConfig:
     return choose(kernel, arch, q.dtype, q.shape[-1], v.shape[-1], problem.causal)
 
 
-def _launch(kernel, problem, tile, operands, defer_scale=False, over_keys=False) -> Launch:
-    """A call over the tiles of the queries of every head, or of the keys of every KV head."""
-    q_lengths, k_lengths = _lengths(problem)
-    nheads, nheads_k = problem.q.shape[-2], problem.k.shape[-2]
-    if over_keys:
-        tiles, heads = num_tiles(k_lengths, tile.block_n), nheads_k
+def _launch(kernel, problem, tile, operands, rows, defer_scale=False, over_keys=False) -> Launch:
+    """A call over the tiles of the queries of every head, or of the keys of every KV head.
+
+    operands: tensors whose strides a kernel takes; rows: tensors like lse, which it knows.
+    """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal = problem
+    nheads, nheads_k = q.shape[-2], k.shape[-2]
+    if cu_seqlens_q is None:
+        batch, rows_q, rows_k = q.shape[0], q.shape[1], k.shape[1]
     else:
-        tiles, heads = num_tiles(q_lengths, tile.block_m), nheads
-    mods = Mods(problem.softmax_scale * LOG2E.value)
-    args = (*operands, q_lengths, k_lengths, tiles, nheads // nheads_k, mods)
-    head_dim, head_dim_v = problem.q.shape[-1], problem.v.shape[-1]
-    options = _options(tile, head_dim, head_dim_v, problem.causal, defer_scale)
+        batch, rows_q, rows_k = cu_seqlens_q.shape[0] - 1, q.shape[0], k.shape[0]
+    if over_keys:
+        tiles, heads = num_tiles(Lengths(cu_seqlens_k, rows_k, batch), tile.block_n), nheads_k
+    else:
+        tiles, heads = num_tiles(Lengths(cu_seqlens_q, rows_q, batch), tile.block_m), nheads
+    args = (
+        *map(_operand, operands), *rows, cu_seqlens_q, cu_seqlens_k, rows_q, rows_k, batch,
+        tiles, nheads // nheads_k, Mods(softmax_scale * LOG2E.value),
+    )  # fmt: skip
+    options = _options(tile, q.shape[-1], v.shape[-1], causal, defer_scale)
     return Launch(kernel, (tiles * heads,), args, options)
 
 
 def forward_launch(problem, out, lse, tile: Optional[TileConfig] = None) -> Launch:
     """The call that fills `out` and `lse`."""
-    operands = (
-        _operand(problem.q), _operand(problem.k), _operand(problem.v), _operand(out),
-        _row_operand(lse),
-    )  # fmt: skip
     # Products are compared before they are scaled, which only a positive scale allows.
     defer_scale = problem.softmax_scale > 0
-    return _launch(forward_kernel, problem, tile or _tile("forward", problem), operands, defer_scale)
+    tile = tile or _tile("forward", problem)
+    return _launch(forward_kernel, problem, tile, (*problem[:3], out), (lse,), defer_scale)
 
 
 def dq_launch(problem, dout, dlse, out, lse, dq, delta, tile: Optional[TileConfig] = None):
     """The call that fills `dq` and `delta`; `dlse` None if lse has no gradient."""
-    operands = (
-        _operand(problem.q), _operand(problem.k), _operand(problem.v), _operand(out),
-        _operand(dout), _operand(dq), _row_operand(lse), _row_operand(dlse), _row_operand(delta),
-    )  # fmt: skip
-    return _launch(dq_kernel, problem, tile or _tile("dq", problem), operands)
+    operands = (*problem[:3], out, dout, dq)
+    tile = tile or _tile("dq", problem)
+    return _launch(dq_kernel, problem, tile, operands, (lse, dlse, delta))
 
 
 def dkdv_launch(problem, dout, lse, delta, dk, dv, tile: Optional[TileConfig] = None):
     """The call that fills `dk` and `dv` from the `delta` of dq_launch."""
-    operands = (
-        _operand(problem.q), _operand(problem.k), _operand(problem.v), _operand(dout),
-        _operand(dk), _operand(dv), _row_operand(lse), _row_operand(delta),
+    operands = (*problem[:3], dout, dk, dv)
+    tile = tile or _tile("dkdv", problem)
+    return _launch(dkdv_kernel, problem, tile, operands, (lse, delta), over_keys=True)
+
+
+class Plan(NamedTuple):
+    """A launch without its tensors and its scale, for calls of the same signature."""
+
+    compiled: Any  # None: nothing to launch
+    grid: int
+    strides: tuple  # of each operand
+    counts: tuple  # rows_q, rows_k, batch, num_tiles, group_size
+    constexprs: tuple
+
+
+_plans = {}
+
+
+def _signature(problem, *more) -> tuple:
+    """Everything that Triton specialises on or a launch is computed from."""
+    q, k, v, cu_seqlens_q, _, softmax_scale, causal = problem
+    return (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, q.device, causal,
+        softmax_scale > 0, None if cu_seqlens_q is None else cu_seqlens_q.shape[0],
+        *[(t.stride(), t.data_ptr() & 15) for t in more],
     )  # fmt: skip
-    return _launch(
-        dkdv_kernel, problem, tile or _tile("dkdv", problem), operands, over_keys=True
+
+
+def _profiled() -> bool:
+    """Whether a profiler has hooked Triton's launches: then they go the long way."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))  # a chain of hooks, or None
+
+
+def _call(key, problem, operands, rows, build):
+    """Launch by the plan that is known for `key`, or else by what `build` returns."""
+    plan = _plans.get(key)
+    if plan is None or _profiled():
+        return _first_call(key, build())
+    compiled = plan.compiled
+    if compiled is not None:
+        stream = triton.runtime.driver.active.get_current_stream(problem.q.device.index)
+        # The last lines of JITFunction.run, alike in Triton 3.6 to 3.9; what precedes them there
+        # costs 19 us a call on an H200's host.
+        compiled.run(
+            plan.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *[(t, *strides) for t, strides in zip(operands, plan.strides)], *rows,
+            problem.cu_seqlens_q, problem.cu_seqlens_k, *plan.counts,
+            (problem.softmax_scale * LOG2E.value,), *plan.constexprs,
+        )  # fmt: skip
+
+
+def _first_call(key, launch: Launch):
+    """Make a call the long way and remember its plan."""
+    compiled = None
+    if launch.grid[0] > 0:
+        compiled = launch.kernel[launch.grid](*launch.args, **launch.options)
+        if compiled is None:  # the interpreter: there is nothing to remember
+            return
+    if len(_plans) >= MAX_PLANS:
+        _plans.clear()
+    operands = [arg for arg in launch.args[:-1] if isinstance(arg, Operand)]
+    _plans[key] = Plan(
+        compiled,
+        launch.grid[0],
+        tuple(operand[1:] for operand in operands),
+        launch.args[-6:-1],
+        tuple(launch.options.values())[:NUM_CONSTEXPRS],
     )
 
 
@@ -126,7 +177,7 @@ def _on_device(function):
         device = problem.q.device
         if device.type == "cpu":  # the interpreter
             return function(problem, *args)
-        module = torch.get_device_module(device)
+        module = torch.cuda if device.type == "cuda" else torch.get_device_module(device)
         if device.index == module.current_device():
             return function(problem, *args)
         with module.device(device):
@@ -139,7 +190,9 @@ def _on_device(function):
 def forward(problem, tile: Optional[TileConfig] = None):
     """-> (out, lse)"""
     out, lse = problem.empty_out(), problem.empty_lse()
-    forward_launch(problem, out, lse, tile).run()
+    key = (forward_kernel, tile, *_signature(problem))
+    operands = (*problem[:3], out)
+    _call(key, problem, operands, (lse,), lambda: forward_launch(problem, out, lse, tile))
     return out, lse
 
 
@@ -147,8 +200,22 @@ def forward(problem, tile: Optional[TileConfig] = None):
 def backward(problem, dout, dlse, out, lse, dq_tile=None, dkdv_tile=None):
     """-> (dq, dk, dv)"""
     dq, dk, dv = problem.empty_grads()
-    delta = torch.empty_like(lse)
+    lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    dq_launch(problem, dout, dlse, out, lse, dq, delta, dq_tile).run()
-    dkdv_launch(problem, dout, lse, delta, dk, dv, dkdv_tile).run()
+    delta = torch.empty_like(lse)
+    signature = _signature(problem, dout, out)
+    _call(
+        (dq_kernel, dq_tile, dlse is None, *signature),
+        problem,
+        (*problem[:3], out, dout, dq),
+        (lse, dlse, delta),
+        lambda: dq_launch(problem, dout, dlse, out, lse, dq, delta, dq_tile),
+    )
+    _call(
+        (dkdv_kernel, dkdv_tile, *signature),
+        problem,
+        (*problem[:3], dout, dk, dv),
+        (lse, delta),
+        lambda: dkdv_launch(problem, dout, lse, delta, dk, dv, dkdv_tile),
+    )
     return dq, dk, dv

@@ -10,7 +10,7 @@ from .common import LN2
 def online_softmax_update(acc, l_i, m_i, scores, scale, MASKED: tl.constexpr):
     """Fold one block of scores [BLOCK_M, BLOCK_N] into the running state.
 
-    acc [BLOCK_M, BLOCK_DV], l_i and m_i [BLOCK_M]: output, sum and maximum so far; m_i has the
+    acc [BLOCK_M, BLOCK_D], l_i and m_i [BLOCK_M]: output, sum and maximum so far; m_i has the
     scores' units and `scale` turns those into log2 units. -> (p, acc, l_i, m_i), acc rescaled.
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1))
@@ -24,7 +24,7 @@ def online_softmax_update(acc, l_i, m_i, scores, scale, MASKED: tl.constexpr):
 
 @triton.jit
 def finalize(acc, l_i, m_i, scale):
-    """-> (output [BLOCK_M, BLOCK_DV], natural-log lse [BLOCK_M]); a row without keys: 0, +inf."""
+    """-> (output [BLOCK_M, BLOCK_D], natural-log lse [BLOCK_M]); a row without keys: 0, +inf."""
     empty = l_i == 0.0
     out = acc / tl.where(empty, 1.0, l_i)[:, None]
     lse = (m_i * scale + tl.log2(l_i)) * LN2
