@@ -66,6 +66,7 @@ def _scores(problem, q_rows, k_cols, rows, cols, shift, masked):
     return scores
 
 
+@torch.autocast("cpu", enabled=False)  # the caller's autocast would take the float32 products
 def forward(problem):
     """-> (out, lse), as the op schema says."""
     out, lse = problem.empty_out().zero_(), problem.empty_lse().fill_(float("inf"))
@@ -106,6 +107,7 @@ def _forward_sequence(problem, q, k, v, out, lse):
         lse[..., rows] = (m_i + l_i.log()).masked_fill_(empty, float("inf"))
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(problem, dout, dlse, out, lse):
     """-> (dq, dk, dv), as the op schema says."""
     grads = tuple(grad.zero_() for grad in problem.empty_grads())

@@ -148,9 +148,7 @@ def _cu_seqlens(name, cu_seqlens, device):
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 (or int64), got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(
-            f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}"
-        )
+        raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device and cu_seqlens.device.type != "cpu":
         raise ValueError(f"{name} must be on {device}, got {cu_seqlens.device}")
     return cu_seqlens.to(device, torch.int32, non_blocking=True).contiguous()

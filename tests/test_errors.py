@@ -1,0 +1,140 @@
+"""Whatever a user can do wrong raises at the API and names the argument."""
+
+import pytest
+import torch
+from cases import BY_NAME, cumulative, make
+
+
+def tensors(device, **changes):
+    q, k, v, *_ = make(BY_NAME["gqa"], torch.float16, device)  # [2, 90, 6, 32], [2, 110, 2, 32]
+    return {"q": q, "k": k, "v": v, **changes}
+
+
+def half(*shape):
+    return lambda device: torch.zeros(shape, dtype=torch.float16, device=device)
+
+
+DENSE = [  # what changes, the exception, what its message says
+    ("k dtype", {"k": lambda d: torch.zeros(2, 110, 2, 32, device=d)}, TypeError, "one dtype.*float32"),
+    ("q float64", {"q": lambda d: torch.zeros(2, 9, 6, 32, device=d).double()}, TypeError, "q must"),
+    ("q int", {"q": lambda d: torch.zeros(2, 9, 6, 32, device=d).int()}, TypeError, "q must.*int32"),
+    ("q complex", {"q": lambda d: torch.zeros(2, 9, 6, 32, device=d).cfloat()}, TypeError, "q must"),
+    ("q list", {"q": lambda d: [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+    ("q rank", {"q": half(90, 6, 32)}, ValueError, r"q must be 4-dimensional.*\(90, 6, 32\)"),
+    ("batch", {"q": half(3, 90, 6, 32)}, ValueError, "k must have q's batch size 3, got 2"),
+    ("heads", {"q": half(2, 90, 5, 32)}, ValueError, "multiple of k's, got 5 and 2"),
+    ("no heads", {"q": half(2, 90, 0, 32)}, ValueError, "heads.*got 0 and 2"),
+    ("head_dim", {"q": half(2, 90, 6, 48)}, ValueError, "k must have q's head_dim 48, got 32"),
+    ("k, v lengths", {"v": half(2, 99, 2, 32)}, ValueError, "k and v must agree"),
+    ("head_dim_v 0", {"v": half(2, 110, 2, 0)}, ValueError, "v's head_dim must be 1 to 256, got 0"),
+    ("head_dim_v", {"v": half(2, 110, 2, 257)}, ValueError, "v's head_dim must be 1 to 256, got 257"),
+    ("k on meta", {"k": lambda d: half(2, 110, 2, 32)("meta")}, ValueError, "one device.*meta"),
+]  # fmt: skip
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("changes, error, match", [row[1:] for row in DENSE], ids=[r[0] for r in DENSE])
+def test_dense(kernel, device, changes, error, match):
+    inputs = tensors(device, **{name: make_one(device) for name, make_one in changes.items()})
+    with pytest.raises(error, match=match):
+        kernel.flash_attn_func(**inputs)
+
+
+OPTIONS = [
+    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p=0.1"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p.*got 1.0"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p.*got -0.1"),
+    ({"window_size": (5, 5)}, NotImplementedError, "window_size"),
+    ({"window_size": (-1, 0)}, NotImplementedError, "window_size"),
+    ({"window_size": torch.tensor([3, 3])}, NotImplementedError, "window_size"),
+    ({"window_size": (1, 2, 3)}, ValueError, "window_size"),
+    ({"softcap": 30.0}, NotImplementedError, "softcap=30.0"),
+    ({"softcap": -1.0}, ValueError, "softcap.*got -1.0"),
+    ({"alibi_slopes": torch.ones(6)}, NotImplementedError, "alibi_slopes"),
+    ({"softmax_scale": "0.1"}, TypeError, "softmax_scale.*str"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite"),
+    ({"softmax_scale": torch.ones(2)}, ValueError, "softmax_scale must be one number"),
+]
+
+
+@pytest.mark.parametrize("options, error, match", OPTIONS, ids=[str(row[0]) for row in OPTIONS])
+def test_options(kernel, device, options, error, match):
+    with pytest.raises(error, match=match):
+        kernel.flash_attn_func(**tensors(device), **options)
+
+
+NEUTRAL = (
+    {"window_size": None},
+    {"window_size": [-1, -1]},
+    {"window_size": (None, None)},
+    {"window_size": torch.tensor([-1, -1])},
+    {"window_size": (-1, 0), "causal": True},
+    {"dropout_p": 0, "softcap": 0, "deterministic": True},
+)
+
+
+@pytest.mark.parametrize("options", NEUTRAL, ids=str)
+def test_neutral_options(kernel, device, options):
+    inputs = tensors(device)
+    want = kernel.flash_attn_func(**inputs, causal=options.get("causal", False))
+    assert torch.equal(kernel.flash_attn_func(**inputs, **options), want)
+
+
+VARLEN = [
+    ("length", {"cu_seqlens_k": lambda d: cumulative((9, 9, 9), d)}, ValueError, "cu_seqlens_k.*got 4"),
+    ("float", {"cu_seqlens_q": lambda d: torch.zeros(3, device=d)}, TypeError, "cu_seqlens_q.*float32"),
+    ("list", {"cu_seqlens_q": lambda d: [0, 3]}, TypeError, "cu_seqlens_q.*list"),
+    ("rank", {"cu_seqlens_q": lambda d: torch.zeros(1, 3, device=d).int()}, ValueError, "cu_seqlens_q"),
+    ("none", {"cu_seqlens_q": lambda d: torch.zeros(0, device=d).int()}, ValueError, "batch . 1"),
+    ("max str", {"max_seqlen_q": lambda d: "9"}, TypeError, "max_seqlen_q.*str"),
+    ("max two", {"max_seqlen_k": lambda d: torch.ones(2)}, ValueError, "max_seqlen_k"),
+    ("q rank", {"q": half(1, 97, 2, 32)}, ValueError, "q must be 3-dimensional"),
+    ("paged", {"block_table": lambda d: torch.zeros(2, 1)}, NotImplementedError, "block_table"),
+    ("window", {"window_size": lambda d: (8, 0)}, NotImplementedError, "window_size"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, error, match", [row[1:] for row in VARLEN], ids=[row[0] for row in VARLEN]
+)
+def test_varlen(kernel, device, changes, error, match):
+    q, k, v, _, _, options = make(BY_NAME["varlen-full"], torch.float16, device)
+    arguments = {"q": q, "k": k, "v": v, "max_seqlen_q": 64, "max_seqlen_k": 90}
+    arguments.update({name: options[name] for name in ("cu_seqlens_q", "cu_seqlens_k")})
+    arguments.update({name: make_one(device) for name, make_one in changes.items()})
+    with pytest.raises(error, match=match):
+        kernel.flash_attn_varlen_func(**arguments)
+
+
+def test_packed_shapes(kernel, device):
+    wrong = torch.zeros(2, 9, 2, 4, 32, device=device, dtype=torch.float16)
+    with pytest.raises(ValueError, match="qkv must have shape"):
+        kernel.flash_attn_qkvpacked_func(wrong)
+    with pytest.raises(ValueError, match="kv must have shape"):
+        kernel.flash_attn_varlen_kvpacked_func(wrong[0, :, 0], wrong[0, 0], None, None, 1, 1)
+    with pytest.raises(ValueError, match="q must be .batch, heads"):
+        kernel.flash_attention(wrong, wrong, wrong)
+
+
+def test_foreign_tensors(kernel, device):
+    """[40] Nested, vmapped and distributed tensors are told the way round."""
+    q, k, v = tensors(device).values()
+    nested = torch.nested.nested_tensor([q[0], q[1]], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="nested tensor.*flash_attn_varlen_func"):
+        kernel.flash_attn_func(nested, nested, nested)
+    with pytest.raises(NotImplementedError, match="fold the mapped dimension"):
+        torch.vmap(lambda x: kernel.flash_attn_func(x, k, v))(torch.stack([q, q]))
+
+    class DTensor(torch.Tensor):
+        """Known by its name: torch.distributed need not be there."""
+
+    with pytest.raises(NotImplementedError, match="to_local"):
+        kernel.flash_attn_func(q.as_subclass(DTensor), k, v)
+
+
+def test_bfloat16_needs_sm_80(module):
+    """[29] Turing has no bfloat16."""
+    config = module("flash_attention_kernel.config")
+    with pytest.raises(TypeError, match="bfloat16.*sm_80.*sm_75"):
+        config.choose("forward", "sm_75", torch.bfloat16, 64, 64, False)
+    config.choose("forward", "sm_75", torch.float16, 64, 64, False)

@@ -1,0 +1,182 @@
+"""What ships: layering, tables, build variants, and kernels that compile for every card."""
+
+import ast
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+PACKAGE = ROOT / "torch-ext" / "flash_attention"
+KERNELS = PACKAGE / "flash_attention_kernel"
+# DESIGN.md: imports run one way. Each module may import only from those named.
+LAYERS = {
+    "__init__": {"classic", "interface"},
+    "classic": {"interface"},
+    "interface": {"autograd", "problem"},
+    "autograd": {"ops", "problem"},
+    "ops": {"cpu", "_ops", "problem", "flash_attention_kernel"},
+    "cpu": set(),
+    "problem": set(),
+    "flash_attention_kernel/__init__": set(),
+    "flash_attention_kernel/launch": {"backward", "common", "config", "forward", "seqlen"},
+    "flash_attention_kernel/config": set(),
+    "flash_attention_kernel/common": set(),
+    "flash_attention_kernel/seqlen": {"common"},
+    "flash_attention_kernel/masks": {"common"},
+    "flash_attention_kernel/scores": {"common"},
+    "flash_attention_kernel/softmax": {"common"},
+    "flash_attention_kernel/forward": {"common", "masks", "scores", "seqlen", "softmax"},
+    "flash_attention_kernel/backward": {"common", "masks", "scores", "seqlen"},
+}
+OUTSIDE = set(sys.stdlib_module_names) | {"torch", "triton"}
+
+
+def imports_of(path):
+    """-> (relative imports, absolute imports, those of them inside functions)"""
+    relative, absolute, lazy = set(), set(), set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{path}: imports from above its folder"
+            relative |= {node.module} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            absolute.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    lazy |= {node.module.split(".")[0]}
+    return {name.split(".")[0] for name in relative}, absolute, lazy
+
+
+@pytest.mark.kernels_ci
+def test_layering():
+    names = {str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py")}
+    assert names - {"_ops"} == set(LAYERS), "a new module needs its place in LAYERS"
+    for name, allowed in LAYERS.items():
+        relative, absolute, lazy = imports_of(PACKAGE / f"{name}.py")
+        assert relative <= allowed, f"{name} imports {relative - allowed}"
+        assert absolute <= OUTSIDE, f"{name} imports {absolute - OUTSIDE}"
+        if "flash_attention_kernel" not in name:
+            assert "triton" not in absolute, f"{name} imports triton"
+            assert ("flash_attention_kernel" in lazy) == (name == "ops")
+
+
+def test_public_names(kernel):
+    """__all__ is a literal, as the Hub asks, and everything in it has a docstring."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (names,) = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign)]
+    assert names == kernel.__all__
+    for name in names:
+        assert getattr(kernel, name).__doc__
+
+
+def test_symlink():
+    assert (ROOT / "flash_attention_kernel").resolve() == KERNELS.resolve()
+
+
+def test_tables_are_complete(module):
+    """Every table has a valid row for every kernel, width, head_dim and mask."""
+    config = module("flash_attention_kernel.config")
+    assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"} <= set(config.tables())
+    keys = {
+        config.row_key(kernel, dtype, head_dim, causal)
+        for kernel, dtype, head_dim, causal in itertools.product(
+            config.KERNELS, (torch.half, torch.float), config.TABLE_HEAD_DIMS, (False, True)
+        )
+    }
+    for arch, table in config.tables().items():
+        assert set(table.rows) == keys, arch
+        for key, tile in table.rows.items():
+            for block in (tile.block_m, tile.block_n):
+                assert block >= 16 and block & (block - 1) == 0, (arch, key)
+            assert tile.num_warps in (1, 2, 4, 8, 16) and tile.num_stages >= 1, (arch, key)
+    for arch in ("sm_75", "sm_87", "sm_103", "sm_121", "gfx90a", "gfx1100", "xpu"):
+        assert config.choose("dkdv", arch, torch.half, 111, 80, True)
+
+
+@pytest.mark.parametrize("quick", ("sm_80", "sm_90", "sm_120", "gfx942"))
+def test_compiles_without_a_gpu(quick):
+    """A subset of tools/aot.py: fits, no spills, no serialised wgmma."""
+    command = [sys.executable, "tools/aot.py", "--quick", "--jobs", "1", "--arch", quick]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "3 of 3 kernels fit" in done.stdout
+
+
+VARIANTS = ("cpu", "cu126", "cu130", "cu132")
+
+
+@pytest.mark.parametrize("tag", VARIANTS)
+def test_variant(tag):
+    """Metadata that the Hub reads, a digest that holds, every source, a stable-ABI extension."""
+    from kernels._rust import Digest, DigestAlgorithm, Metadata
+
+    (variant,) = (ROOT / "build").glob(f"torch-stable-abi29-{tag}-*-linux")
+    metadata = Metadata.read_from_file(variant / "metadata.json")
+    backend = "cpu" if tag == "cpu" else "cuda"
+    assert metadata.id.startswith(f"_flash_attention_{backend}_")
+    assert str(metadata.name) == "flash-attention" and metadata.license == "Apache-2.0"
+    actual = Digest.hash_variant(DigestAlgorithm.SHA256, variant).files
+    assert {k: v for k, v in actual.items() if k != "metadata.json" and "__pycache__" not in k} == (
+        metadata.digest.files
+    )
+    shipped = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
+    assert shipped <= set(metadata.digest.files)
+    (extension,) = variant.glob("*.abi3.so")
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", extension], capture_output=True, text=True)
+    torch_symbols = {s.split()[-1] for s in symbols.stdout.splitlines() if "torch" in s}
+    assert torch_symbols == {
+        "aoti_torch_library_init_def",
+        "aoti_torch_library_def",
+        "aoti_torch_delete_library_object",
+    }
+
+
+def test_two_versions_side_by_side(tmp_path):
+    """Another version builds into another op namespace; both work in one process."""
+    for name in ("torch-ext", "tools", "build.toml"):
+        source, target = ROOT / name, tmp_path / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    toml = tmp_path / "build.toml"
+    toml.write_text(toml.read_text().replace("version = 1", "version = 2"))
+    command = [sys.executable, "tools/build.py", "--backends", "cpu"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    code = f"""
+import torch
+from pathlib import Path
+from kernels import get_kernel, get_local_kernel
+first = get_kernel("org/flash-attention", version=1, backend="cpu")
+second = get_local_kernel(Path({str(tmp_path)!r}), backend="cpu")
+assert first.__name__ != second.__name__
+q = torch.randn(1, 9, 2, 8)
+assert torch.equal(first.flash_attn_func(q, q, q), second.flash_attn_func(q, q, q))
+"""
+    env = {**os.environ, "LOCAL_KERNELS": f"org/flash-attention={ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (metadata,) = tmp_path.glob("build/*/metadata.json")
+    assert json.loads(metadata.read_text())["version"] == 2
+
+
+def test_kernel_builder_reads_build_toml():
+    from kernels._rust import Build
+
+    backends = {str(b) for b in Build.open(ROOT).general.backends}
+    assert {"cpu", "cuda", "rocm", "xpu"} == {b.lower() for b in backends}
+
+
+def test_files_stay_small():
+    """DESIGN.md: a file is one screenful of ideas, near 400 lines."""
+    for path in [*PACKAGE.rglob("*.py"), *Path(ROOT / "tools").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 450, path
