@@ -11,6 +11,7 @@ versions, commit and date.
 import argparse
 import csv
 import datetime
+import os
 import platform
 import subprocess
 import sys
@@ -113,8 +114,6 @@ def environment(device):
 
 def commit() -> str:
     """HEAD, or what FA_COMMIT says where the tree travelled without its history."""
-    import os
-
     words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     done = subprocess.run(words, capture_output=True, text=True)
     return os.environ.get("FA_COMMIT") or done.stdout.strip() or "unknown"
@@ -168,6 +167,7 @@ def main():
         figures = run_point(shape, args.mode, device, args.only)
         names += [name for name in figures if name not in names]
         records.append((shape, figures))
+        append_csv(args, about, shape, figures)
     header = ["batch", "heads", "seqlen", "dim", "mask", *names]
     rows = [
         [*shape[:4], "causal" if shape.causal else "full", *(figures.get(n) for n in names)]
@@ -175,7 +175,6 @@ def main():
     ]
     print(tabulate(rows, header, floatfmt=".4g", missingval="-"))
     print_ratios(records, names)
-    append_csv(args, about, records)
     return 0
 
 
@@ -191,25 +190,20 @@ def print_ratios(records, names):
             )
 
 
-def append_csv(args, about, records):
+def append_csv(args, about, shape, figures):
+    """A row per peer, as soon as a point is measured."""
     args.csv.parent.mkdir(parents=True, exist_ok=True)
+    point = {**about, "mode": args.mode, **shape._asdict()}
     command = "python benchmarks/run.py " + " ".join(sys.argv[1:])
-    rows = [
-        {**about, "mode": args.mode, **shape._asdict(), "peer": name, "unit": UNITS[args.mode],
-         "value": f"{value:.2f}", "command": command}
-        for shape, figures in records
-        for name, value in figures.items()
-        if value is not None
-    ]  # fmt: skip
-    if not rows:
-        return
     new = not args.csv.exists()
     with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(f"appended {len(rows)} rows to {args.csv}")
+            writer.writerow([*point, "peer", "unit", "value", "command"])
+        for name, value in figures.items():
+            if value is not None:
+                unit = UNITS[args.mode]
+                writer.writerow([*point.values(), name, unit, f"{value:.4g}", command])
 
 
 if __name__ == "__main__":

@@ -10,30 +10,33 @@ def tensors(device, **changes):
     return {"q": q, "k": k, "v": v, **changes}
 
 
-def half(*shape):
-    return lambda device: torch.zeros(shape, dtype=torch.float16, device=device)
+def zeros(*shape, dtype=torch.float16):
+    return lambda device: torch.zeros(shape, dtype=dtype, device=device)
 
 
+Q = (2, 9, 6, 32)
 DENSE = [  # what changes, the exception, what its message says
-    ("k dtype", {"k": lambda d: torch.zeros(2, 110, 2, 32, device=d)}, TypeError, "one dtype.*float32"),
-    ("q float64", {"q": lambda d: torch.zeros(2, 9, 6, 32, device=d).double()}, TypeError, "q must"),
-    ("q int", {"q": lambda d: torch.zeros(2, 9, 6, 32, device=d).int()}, TypeError, "q must.*int32"),
-    ("q complex", {"q": lambda d: torch.zeros(2, 9, 6, 32, device=d).cfloat()}, TypeError, "q must"),
+    ("k dtype", {"k": zeros(2, 110, 2, 32, dtype=torch.float)}, TypeError, "one dtype.*float32"),
+    ("q float64", {"q": zeros(*Q, dtype=torch.double)}, TypeError, "q must.*float64"),
+    ("q int", {"q": zeros(*Q, dtype=torch.int)}, TypeError, "q must.*int32"),
+    ("q complex", {"q": zeros(*Q, dtype=torch.cfloat)}, TypeError, "q must.*complex64"),
     ("q list", {"q": lambda d: [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
-    ("q rank", {"q": half(90, 6, 32)}, ValueError, r"q must be 4-dimensional.*\(90, 6, 32\)"),
-    ("batch", {"q": half(3, 90, 6, 32)}, ValueError, "k must have q's batch size 3, got 2"),
-    ("heads", {"q": half(2, 90, 5, 32)}, ValueError, "multiple of k's, got 5 and 2"),
-    ("no heads", {"q": half(2, 90, 0, 32)}, ValueError, "heads.*got 0 and 2"),
-    ("head_dim", {"q": half(2, 90, 6, 48)}, ValueError, "k must have q's head_dim 48, got 32"),
-    ("k, v lengths", {"v": half(2, 99, 2, 32)}, ValueError, "k and v must agree"),
-    ("head_dim_v 0", {"v": half(2, 110, 2, 0)}, ValueError, "v's head_dim must be 1 to 256, got 0"),
-    ("head_dim_v", {"v": half(2, 110, 2, 257)}, ValueError, "v's head_dim must be 1 to 256, got 257"),
-    ("k on meta", {"k": lambda d: half(2, 110, 2, 32)("meta")}, ValueError, "one device.*meta"),
-]  # fmt: skip
+    ("q rank", {"q": zeros(90, 6, 32)}, ValueError, r"q must be 4-dimensional.*\(90, 6, 32\)"),
+    ("batch", {"q": zeros(3, 90, 6, 32)}, ValueError, "k must have q's batch size 3, got 2"),
+    ("heads", {"q": zeros(2, 90, 5, 32)}, ValueError, "multiple of k's, got 5 and 2"),
+    ("no heads", {"q": zeros(2, 90, 0, 32)}, ValueError, "heads.*got 0 and 2"),
+    ("head_dim", {"q": zeros(2, 90, 6, 48)}, ValueError, "k must have q's head_dim 48, got 32"),
+    ("k, v lengths", {"v": zeros(2, 99, 2, 32)}, ValueError, "k and v must agree"),
+    ("head_dim_v 0", {"v": zeros(2, 110, 2, 0)}, ValueError, "v's head_dim must.*got 0"),
+    ("head_dim_v", {"v": zeros(2, 110, 2, 257)}, ValueError, "v's head_dim must.*256, got 257"),
+    ("k on meta", {"k": lambda d: zeros(2, 110, 2, 32)("meta")}, ValueError, "one device.*meta"),
+]
 
 
 @pytest.mark.kernels_ci
-@pytest.mark.parametrize("changes, error, match", [row[1:] for row in DENSE], ids=[r[0] for r in DENSE])
+@pytest.mark.parametrize(
+    "changes, error, match", [row[1:] for row in DENSE], ids=[r[0] for r in DENSE]
+)
 def test_dense(kernel, device, changes, error, match):
     inputs = tensors(device, **{name: make_one(device) for name, make_one in changes.items()})
     with pytest.raises(error, match=match):
@@ -80,18 +83,19 @@ def test_neutral_options(kernel, device, options):
     assert torch.equal(kernel.flash_attn_func(**inputs, **options), want)
 
 
+INT, FLOAT = torch.int32, torch.float32
 VARLEN = [
-    ("length", {"cu_seqlens_k": lambda d: cumulative((9, 9, 9), d)}, ValueError, "cu_seqlens_k.*got 4"),
-    ("float", {"cu_seqlens_q": lambda d: torch.zeros(3, device=d)}, TypeError, "cu_seqlens_q.*float32"),
+    ("length", {"cu_seqlens_k": zeros(4, dtype=INT)}, ValueError, "cu_seqlens_k.*got 4"),
+    ("float", {"cu_seqlens_q": zeros(3, dtype=FLOAT)}, TypeError, "cu_seqlens_q.*float32"),
     ("list", {"cu_seqlens_q": lambda d: [0, 3]}, TypeError, "cu_seqlens_q.*list"),
-    ("rank", {"cu_seqlens_q": lambda d: torch.zeros(1, 3, device=d).int()}, ValueError, "cu_seqlens_q"),
-    ("none", {"cu_seqlens_q": lambda d: torch.zeros(0, device=d).int()}, ValueError, "batch . 1"),
+    ("rank", {"cu_seqlens_q": zeros(1, 3, dtype=INT)}, ValueError, "cu_seqlens_q.*batch . 1"),
+    ("none", {"cu_seqlens_q": zeros(0, dtype=INT)}, ValueError, "cu_seqlens_q.*batch . 1"),
     ("max str", {"max_seqlen_q": lambda d: "9"}, TypeError, "max_seqlen_q.*str"),
-    ("max two", {"max_seqlen_k": lambda d: torch.ones(2)}, ValueError, "max_seqlen_k"),
-    ("q rank", {"q": half(1, 97, 2, 32)}, ValueError, "q must be 3-dimensional"),
-    ("paged", {"block_table": lambda d: torch.zeros(2, 1)}, NotImplementedError, "block_table"),
+    ("max two", {"max_seqlen_k": zeros(2)}, ValueError, "max_seqlen_k"),
+    ("q rank", {"q": zeros(1, 97, 2, 32)}, ValueError, "q must be 3-dimensional"),
+    ("paged", {"block_table": zeros(2, 1)}, NotImplementedError, "block_table"),
     ("window", {"window_size": lambda d: (8, 0)}, NotImplementedError, "window_size"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,9 @@ def test_symlink():
 def test_tables_are_complete(module):
     """Every table has a valid row for every kernel, width, head_dim and mask."""
     config = module("flash_attention_kernel.config")
-    assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"} <= set(config.tables())
+    assert {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"} <= set(
+        config.tables()
+    )
     keys = {
         config.row_key(kernel, dtype, head_dim, causal)
         for kernel, dtype, head_dim, causal in itertools.product(
@@ -131,10 +133,16 @@ def test_variant(tag):
     assert {k: v for k, v in actual.items() if k != "metadata.json" and "__pycache__" not in k} == (
         metadata.digest.files
     )
-    shipped = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")}
+    shipped = {
+        str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*") if p.suffix in (".py", ".json")
+    }
     assert shipped <= set(metadata.digest.files)
     (extension,) = variant.glob("*.abi3.so")
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", extension], capture_output=True, text=True)
+    library = pytest.importorskip("kernel_abi_check").ObjectFile(extension)
+    assert not library.check_python_abi("3.9") and not library.check_manylinux("manylinux_2_28")
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", extension], capture_output=True, text=True
+    )
     torch_symbols = {s.split()[-1] for s in symbols.stdout.splitlines() if "torch" in s}
     assert torch_symbols == {
         "aoti_torch_library_init_def",

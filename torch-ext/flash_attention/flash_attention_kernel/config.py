@@ -89,5 +89,7 @@ def choose(
 ) -> TileConfig:
     """The config of one of KERNELS on an architecture."""
     if dtype == torch.bfloat16 and arch in ("sm_70", "sm_72", "sm_75"):
-        raise TypeError(f"q is bfloat16, which needs sm_80 or newer; this GPU is {arch}: use float16")
+        raise TypeError(
+            f"q is bfloat16, which needs sm_80 or newer; this GPU is {arch}: use float16"
+        )
     return table_for(arch).rows[row_key(kernel, dtype, max(head_dim, head_dim_v), causal)]
