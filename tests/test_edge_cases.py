@@ -98,12 +98,9 @@ def strided_views(q, k, v):
     yield tuple(t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
     yield tuple(torch.stack([t, t], -1).flatten(-2)[..., ::2] for t in (q, k, v))
     yield (
-        "all different",
-        (
-            q.transpose(0, 1).contiguous().transpose(0, 1),
-            torch.cat([k, k], -1)[..., : k.shape[-1]],
-            v.transpose(1, 3).contiguous().transpose(1, 3),
-        ),
+        q.transpose(0, 1).contiguous().transpose(0, 1),
+        torch.cat([k, k], -1)[..., : k.shape[-1]],
+        v.transpose(1, 3).contiguous().transpose(1, 3),
     )
     yield tuple(t[:1].expand_as(t) for t in (q, k, v))
 

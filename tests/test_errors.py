@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BY_NAME, cumulative, make
+from cases import BY_NAME, make
 
 
 def tensors(device, **changes):
