@@ -78,6 +78,7 @@ def _compiled_flex():
     from torch.nn.attention.flex_attention import flex_attention
 
     torch._dynamo.config.cache_size_limit = 64  # one graph per point
+    torch._functorch.config.donated_buffer = False  # its backward is timed with retain_graph
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -51,6 +51,7 @@ OPTIONS = [
     ({"window_size": (-1, 0)}, NotImplementedError, "window_size"),
     ({"window_size": torch.tensor([3, 3])}, NotImplementedError, "window_size"),
     ({"window_size": (1, 2, 3)}, ValueError, "window_size"),
+    ({"window_size": 8}, ValueError, "window_size must be .left, right., got 8"),
     ({"softcap": 30.0}, NotImplementedError, "softcap=30.0"),
     ({"softcap": -1.0}, ValueError, "softcap.*got -1.0"),
     ({"alibi_slopes": torch.ones(6)}, NotImplementedError, "alibi_slopes"),

@@ -60,6 +60,16 @@ def test_fake_matches_real(module, device, name, heads_first):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
+def test_meta_tensors(kernel):
+    """Shapes without data, as model builders ask for."""
+    q = torch.empty(2, 8, 4, 16, device="meta", requires_grad=True)
+    v = torch.empty(2, 8, 2, 24, device="meta")
+    out = kernel.flash_attn_func(q, q[:, :, :2], v, causal=True)
+    assert out.shape == (2, 8, 4, 24) and out.is_meta
+    out.sum().backward()
+    assert q.grad.shape == q.shape
+
+
 def test_schema_names_the_problem(module):
     """The schemas' arguments are the problem's fields, in order."""
     fields = list(module("problem").AttentionProblem._fields)
@@ -259,14 +269,17 @@ def test_cuda_graph_in_a_cold_process(tmp_path):
 
 @pytest.mark.gpu
 def test_cold_start(tmp_path):
-    """First result of a new process with a cold Triton cache within 6 s."""
-    code = GRAPH.split("torch.cuda.synchronize()")[0] + "torch.cuda.synchronize()"
-    start = time.monotonic()
-    process = in_new_process(code, TRITON_CACHE_DIR=str(tmp_path))
-    assert process.wait() == 0, process.stderr.read()
-    elapsed = time.monotonic() - start
+    """First result of a new process with a cold Triton cache within 6 s (of a quiet machine)."""
+    code = GRAPH.split("graph =")[0] + "import time; print('done', time.time())"
+    start = time.time()
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    elapsed = float(done.stdout.split("done")[1]) - start
     print(f"cold start: {elapsed:.2f} s")
-    assert elapsed <= 6.0 or os.environ.get("PYTEST_XDIST_WORKER")
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # other workers keep the cores busy
+        assert elapsed <= 6.0
 
 
 @pytest.mark.gpu

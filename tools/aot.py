@@ -29,15 +29,6 @@ from triton.runtime.driver import driver
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-SHARED_MEMORY = {  # bytes one program may use (CUDA programming guide, table of capabilities)
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_89": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -175,12 +166,13 @@ def main():
     parser.add_argument("--csv", type=Path, help="write the report here")
     args = parser.parse_args()
 
+    limits = import_module(f"{package()}.flash_attention_kernel.config").tables()
     todo = list(rows(args.arch, args.quick))
     print(f"triton {triton.__version__}: {len(todo)} kernels", flush=True)
     records, bad = [], 0
     with ProcessPoolExecutor(args.jobs) as pool:
         for row, report in zip(todo, pool.map(compile_row, todo)):
-            limit = SHARED_MEMORY[row.arch]
+            limit = limits[row.arch].shared_memory
             good = report.shared <= limit and not report.spill_bytes and not report.serialized
             bad += not good
             record = {"triton": triton.__version__, **row._asdict(), **report._asdict()}

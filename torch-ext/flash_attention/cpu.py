@@ -9,12 +9,15 @@ import torch
 
 BLOCK_M = 256  # query rows per step
 BLOCK_N = 512  # keys per step; 256 x 512 scores per head stay in a core's L2
+MAX_HEADS = 256  # of all the sequences taken at once: bounds the scores at 128 MiB
 
 
 def _sequences(problem):
-    """-> (q slice, k slice) per sequence; a dense batch is taken as one, its batch on top."""
+    """-> (slice of q's first dimension, of k's) for every step: packed, one sequence; dense, as
+    many as MAX_HEADS allows."""
     if problem.cu_seqlens_q is None:
-        return [(slice(None), slice(None))]
+        batch, _, nheads, _ = problem.q.shape
+        return [(rows, rows) for rows in _blocks(batch, max(MAX_HEADS // nheads, 1))]
     rows_q = problem.cu_seqlens_q.clamp(0, problem.q.shape[0]).tolist()
     rows_k = problem.cu_seqlens_k.clamp(0, problem.k.shape[0]).tolist()
     return [
@@ -25,15 +28,13 @@ def _sequences(problem):
 
 def _by_kv_head(tensor, rows, nheads_k):
     """[..., seqlen, heads, d] -> view [batch, nheads_k, group, seqlen, d] of the given rows."""
-    if tensor.dim() == 3:
-        tensor = tensor[rows].unsqueeze(0)
+    tensor = tensor[rows] if tensor.dim() == 4 else tensor[rows].unsqueeze(0)
     return tensor.unflatten(2, (nheads_k, -1)).permute(0, 2, 3, 1, 4)
 
 
 def _rows_by_kv_head(tensor, rows, nheads_k):
     """[batch, heads, seqlen] or [heads, total] -> view [batch, nheads_k, group, seqlen]."""
-    if tensor.dim() == 2:
-        tensor = tensor[:, rows].unsqueeze(0)
+    tensor = tensor[rows] if tensor.dim() == 3 else tensor[:, rows].unsqueeze(0)
     return tensor.unflatten(1, (nheads_k, -1))
 
 

@@ -233,7 +233,7 @@ def _autocast(*tensors):
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         return tensors  # AttentionProblem says which is not
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
@@ -274,7 +274,7 @@ def _is_whole_window(window_size, causal) -> bool:
         return True
     if isinstance(window_size, torch.Tensor):
         window_size = window_size.tolist()
-    if len(window_size) != 2:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"window_size must be (left, right), got {window_size}")
     left, right = (-1 if side is None else side for side in window_size)
     return left < 0 and (right < 0 or causal)

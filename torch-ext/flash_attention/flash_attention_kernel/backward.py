@@ -176,7 +176,7 @@ def dkdv_kernel(
     k_first, seqlen_k = sequence_bounds(k_lengths, seq)
     q_first, seqlen_q = partner_bounds(q_lengths, seq)
     start_n = block * BLOCK_N
-    if start_n >= seqlen_k:
+    if start_n < 0 or start_n >= seqlen_k:
         return
 
     k = at_head(k, seq, head_k, k_first)

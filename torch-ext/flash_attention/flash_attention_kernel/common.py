@@ -52,7 +52,7 @@ class RowOperand(NamedTuple):
 class Mods(NamedTuple):
     """Run-time values that change the scores."""
 
-    scale_log2: float  # |softmax_scale| * log2(e) when the SPEC defers the scale, else signed
+    scale_log2: float  # softmax_scale * log2(e)
 
 
 @triton.jit

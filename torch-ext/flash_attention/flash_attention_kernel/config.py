@@ -28,11 +28,8 @@ class Table:
     """One tuned/*.json: `rows` maps 'kernel/bytes/head_dim/mask' to the four TileConfig fields."""
 
     architectures: tuple
-    shared_memory: int  # bytes one program may use
+    shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
-
-    def __hash__(self):
-        return hash(self.architectures)
 
 
 @functools.lru_cache(maxsize=None)

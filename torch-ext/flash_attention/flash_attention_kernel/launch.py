@@ -120,9 +120,9 @@ def _signature(problem, *more) -> tuple:
     q, k, v, cu_seqlens_q, _, softmax_scale, causal = problem
     return (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, q.dtype, q.device, causal,
+        q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, q.dtype, q.device, causal,
         softmax_scale > 0, None if cu_seqlens_q is None else cu_seqlens_q.shape[0],
-        *[(t.stride(), t.data_ptr() & 15) for t in more],
+        *[None if t is None else (t.stride(), t.data_ptr() & 15) for t in more],
     )  # fmt: skip
 
 
@@ -203,9 +203,9 @@ def backward(problem, dout, dlse, out, lse, dq_tile=None, dkdv_tile=None):
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     delta = torch.empty_like(lse)
-    signature = _signature(problem, dout, out)
+    signature = _signature(problem, dout, out, lse, dlse)
     _call(
-        (dq_kernel, dq_tile, dlse is None, *signature),
+        (dq_kernel, dq_tile, *signature),
         problem,
         (*problem[:3], out, dout, dq),
         (lse, dlse, delta),
