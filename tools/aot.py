@@ -25,6 +25,7 @@ import torch
 import triton
 from kernels import get_local_kernel
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -134,8 +135,7 @@ def wgmma_serialized(ptx: str) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        ptxas = triton.knobs.nvidia.ptxas.path
-        command = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     return bool(re.search(r"C751[0-8]", text))
 
