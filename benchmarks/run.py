@@ -11,6 +11,7 @@ versions, commit and date.
 import argparse
 import csv
 import datetime
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -119,6 +120,16 @@ def commit() -> str:
     return os.environ.get("FA_COMMIT") or done.stdout.strip() or "unknown"
 
 
+def compile_flex(shape):
+    """Leave flex_attention's code for one point, forward and backward, in torch's disk caches."""
+    device = torch.device("cuda")
+    q, k, v, dout = random_inputs(shape, device)
+    fn = peers(shape, device.type)["flex"]
+    with torch.no_grad():
+        fn(q, k, v)
+    torch.autograd.grad(fn(q, k, v), (q, k, v), dout)
+
+
 def run_point(shape, mode, device, only):
     """Name -> figure, or None where the peer cannot."""
     figures = {}
@@ -143,6 +154,7 @@ def parse_args():
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--mode", default="fwd", choices=tuple(MEASURE))
     parser.add_argument("--preset", choices=("anchors",), help="the twelve points of ANCHORS.md")
+    parser.add_argument("--warm", action="store_true", help="compile flex for all points at once")
     parser.add_argument("--only", nargs="+", help="measure these peers alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "runs.csv")
@@ -162,6 +174,9 @@ def main():
     about = environment(device)
     print(f"{args.mode}, {UNITS[args.mode]}; " + ", ".join(f"{k} {v}" for k, v in about.items()))
 
+    if args.warm and device.type == "cuda" and "flex" in peers(shapes[0], "cuda", args.only):
+        with multiprocessing.get_context("spawn").Pool(min(len(shapes), os.cpu_count())) as pool:
+            pool.map(compile_flex, shapes, chunksize=1)
     records, names = [], []
     for shape in shapes:
         figures = run_point(shape, args.mode, device, args.only)
