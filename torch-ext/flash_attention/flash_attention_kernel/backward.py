@@ -128,7 +128,8 @@ def accumulate_dkdv(
         head = 0
         block = step
         if group_size != 1:
-            # Never 0: the pipeline divides ahead of the loop's test, and LLVM would drop that test.
+            # Never 0: the pipeline divides ahead of the loop's test, and LLVM may take a division
+            # as proof that its divisor is not 0, and drop the test.
             head = step // tl.maximum(blocks, 1)
             block = step - head * blocks
         start_m = begin + block * BLOCK_M
