@@ -102,13 +102,14 @@ def main():
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         spills = dict(zip(jobs, pool.map(compile_one, jobs, chunksize=4)))
+    row_key = import_module(f"{load_kernel().__name__}.flash_attention_kernel.config").row_key
     best = {}
     for job in jobs:
         kernel, tile, dim, causal, dtype = job
         if spills[job] is None or spills[job] > SPILL_BYTES:
             continue
         figures = measure(*job, args.seq_lens)
-        key = f"{kernel}/{getattr(torch, dtype).itemsize}/{dim}/{'causal' if causal else 'full'}"
+        key = row_key(kernel, getattr(torch, dtype), dim, causal)
         mean = geometric_mean(figures)
         text = " ".join(f"{figure:.0f}" for figure in figures)
         print(f"{key} {tile} {mean:.1f} TFLOP/s ({text}) spills {spills[job]}", flush=True)

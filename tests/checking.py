@@ -11,15 +11,12 @@ def run(kernel, q, k, v, dout, dlse, options):
     """(out, lse, dq, dk, dv) of the package's public functions."""
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     options = dict(options)
-    cu_seqlens_q, cu_seqlens_k = (
-        options.pop("cu_seqlens_q", None),
-        options.pop("cu_seqlens_k", None),
-    )
-    if cu_seqlens_q is None:
+    lengths = [options.pop(f"cu_seqlens_{side}", None) for side in "qk"]
+    if lengths[0] is None:
         out, lse, _ = kernel.flash_attn_func(q, k, v, return_attn_probs=True, **options)
     else:
         out, lse, _ = kernel.flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0],
+            q, k, v, *lengths, q.shape[0], k.shape[0],
             return_attn_probs=True, **options,
         )  # fmt: skip
     outputs, grads = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse))
@@ -41,11 +38,12 @@ def check(results, q, k, v, dout, dlse, options):
             t.double().masked_fill(infinite, 0.0) for t in (got, want, same_dtype)
         )
         error = (got - want).abs().max().item()
+        size = max(want.abs().max().item(), 1.0)
         if q.dtype == torch.float32:
-            bound = 1e-5 * max(want.abs().max().item(), 1.0)
+            bound = 1e-5 * size
+        elif name == "lse":  # float32 whatever the inputs are, and eager's is not
+            bound = 1e-4 * size
         else:
-            factor = 2 if name in ("out", "lse") else 3
+            factor = 2 if name == "out" else 3
             bound = factor * (same_dtype - want).abs().max().item() + FLOOR
-        if name == "lse":  # eager's lse is in its own dtype; ours is float32 whatever that is
-            bound = 1e-3 if q.dtype != torch.float32 else bound
         assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e}"

@@ -290,6 +290,44 @@ def test_eight_cold_processes(tmp_path):
         assert process.wait() == 0, process.stderr.read()
 
 
+def test_observers_see_the_op(module, kernel, device):
+    """Dispatch modes and profilers, for which the short way past the dispatcher is closed."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    q = torch.randn(1, 9, 2, 16, device=device)
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Log():
+        kernel.flash_attn_func(q, q, q)
+    assert module("ops").fwd in seen
+    with torch.profiler.profile() as profile:
+        kernel.flash_attn_func(q, q, q)
+    assert any(event.key == f"{kernel.__name__}::fwd" for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("shape", ((1, 16384, 1, 16), (800, 256, 8, 8)))
+def test_cpu_memory_is_linear(shape):
+    """Scores would take 1 GiB and 1.6 GiB; the CPU op, backward included, stays under 0.6 GiB."""
+    code = f"""
+import resource, torch
+from kernels import get_kernel
+kernel = get_kernel("org/flash-attention", version=1)
+q = torch.randn({shape}, requires_grad=True)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak()
+kernel.flash_attn_func(q, q, q, causal=True).sum().backward()
+print(peak() - before)
+assert peak() - before < 0.6
+"""
+    process = in_new_process(code)
+    assert process.wait() == 0, process.stderr.read()
+
+
 def test_loads_without_triton():
     """The package imports, and its CPU op runs, where Triton is not installed."""
     code = """

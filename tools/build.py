@@ -24,7 +24,6 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {"cpu": ["cpu"], "cuda": ["cu126", "cu130", "cu132"]}
-STABLE_ABI = "0x0209000000000000"  # torch 2.9, build.toml's [torch.stable-abi]
 
 REGISTRATION_H = """\
 #pragma once
@@ -84,7 +83,7 @@ def git(*words) -> str:
     ).stdout.strip()
 
 
-def compile_binding(name: str, directory: Path) -> Path:
+def compile_binding(name: str, abi: tuple, directory: Path) -> Path:
     """The extension `name`.abi3.so: schemas on the stable ABI, no rpath, three torch symbols."""
     (directory / "registration.h").write_text(REGISTRATION_H)
     library = directory / f"{name}.abi3.so"
@@ -94,7 +93,7 @@ def compile_binding(name: str, directory: Path) -> Path:
             *["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-s"],
             *["-fvisibility=hidden", "-fno-gnu-unique"],
             "-DPy_LIMITED_API=0x03090000",
-            f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+            "-DTORCH_TARGET_VERSION=0x%02x%02x000000000000" % abi,
             f"-DTORCH_EXTENSION_NAME={name}",
             *(f"-I{path}" for path in includes),
             str(ROOT / "torch-ext" / "torch_binding.cpp"),
@@ -160,18 +159,20 @@ def main():
     args = parser.parse_args()
 
     Build.open(ROOT)  # raises if kernel-builder could not read build.toml
-    general = tomllib.loads((ROOT / "build.toml").read_text())["general"]
+    toml = tomllib.loads((ROOT / "build.toml").read_text())
+    general = toml["general"]
     for backend in args.backends:
         name = f"_{general['name'].replace('-', '_')}_{backend}_{source_hash()}"
+        abi = tuple(map(int, toml["torch"]["stable-abi"][backend].split(".")))
         variants = [
-            args.output / f"torch-stable-abi29-{tag}-{platform.machine()}-linux"
+            args.output / f"torch-stable-abi{abi[0]}{abi[1]}-{tag}-{platform.machine()}-linux"
             for tag in VARIANTS[backend]
         ]
         if not args.force and all(is_current(variant, name) for variant in variants):
             print(f"{backend}: {name} is up to date")
             continue
         with tempfile.TemporaryDirectory() as directory:
-            library = compile_binding(name, Path(directory))
+            library = compile_binding(name, abi, Path(directory))
             for variant in variants:
                 assemble(variant, library, general, name, backend)
                 print(f"built {variant}")

@@ -41,7 +41,7 @@ def fwd_eager(problem):
     """`fwd` without the dispatcher, which takes 11 us of host time a call (on an H200's host).
 
     Only where nothing but the device's implementation would have run: plain tensors on a GPU, no
-    gradient wanted, and nobody tracing, compiling, vmapping or otherwise looking on.
+    gradient wanted, and nobody tracing, compiling, vmapping, profiling or otherwise looking on.
     """
     if (
         problem.q.is_cuda
@@ -50,6 +50,7 @@ def fwd_eager(problem):
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
+        and not torch.autograd._profiler_enabled()
     ):
         return _launch().forward(problem)
     return fwd(*problem)
