@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,10 @@ def test_tables_are_complete(module):
 
 @pytest.mark.parametrize("quick", ("sm_80", "sm_90", "sm_120", "gfx942"))
 def test_compiles_without_a_gpu(quick):
-    """A subset of tools/aot.py: fits, no spills, no serialised wgmma."""
+    """A subset of tools/aot.py: fits, no spills, no serialised wgmma, under the pinned Triton."""
+    pins = (ROOT / "requirements.txt").read_text().split()
+    if f"triton=={version('triton')}" not in pins:
+        pytest.skip("another Triton compiles to other registers: benchmarks/results/aot-*.csv")
     command = [sys.executable, "tools/aot.py", "--quick", "--jobs", "1", "--arch", quick]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
