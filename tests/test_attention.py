@@ -19,7 +19,7 @@ ROWS = [
 @pytest.mark.parametrize("case", ROWS)
 def test_case(kernel, device, case, dtype):
     inputs = make(case, dtype, device)
-    check(run(kernel, *inputs), *inputs)
+    check(run(kernel, *inputs), *inputs, kernel=kernel)
 
 
 @pytest.mark.gpu
@@ -31,7 +31,7 @@ def test_larger(kernel, device, dtype, head_dim, causal, seqlen):
     """Many tiles of every shipped shape, and lengths that do not fill the last one."""
     case = Case("larger", seqlen, seqlen + 24, head_dim=head_dim, causal=causal)
     inputs = make(case, dtype, device)
-    check(run(kernel, *inputs), *inputs)
+    check(run(kernel, *inputs), *inputs, kernel=kernel)
 
 
 @pytest.mark.parametrize("case", ("causal", "varlen", "gqa"))

@@ -110,9 +110,10 @@ def strided_views(q, k, v):
         v.transpose(1, 3).contiguous().transpose(1, 3),
     )
     yield tuple(t[:1].expand_as(t) for t in (q, k, v))
+    yield tuple(t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v))
 
 
-@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("kind", range(6))
 def test_strides(kernel, device, kind):
     """[17] Equal to contiguous, for q, k, v and dout alike."""
     q, k, v, dout, _, _ = make(Case("strides", 50, 50, head_dim=24), torch.float16, device)

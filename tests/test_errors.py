@@ -28,7 +28,8 @@ DENSE = [  # what changes, the exception, what its message says
     ("head_dim", {"q": zeros(2, 90, 6, 48)}, ValueError, "k must have q's head_dim 48, got 32"),
     ("k, v lengths", {"v": zeros(2, 99, 2, 32)}, ValueError, "k and v must agree"),
     ("head_dim_v 0", {"v": zeros(2, 110, 2, 0)}, ValueError, "v's head_dim must.*got 0"),
-    ("head_dim_v", {"v": zeros(2, 110, 2, 257)}, ValueError, "v's head_dim must.*256, got 257"),
+    ("head_dim_v", {"v": zeros(2, 110, 2, 513)}, ValueError, "v's head_dim must.*512, got 513"),
+    ("fp8", {"q": zeros(*Q, dtype=torch.float8_e4m3fn)}, NotImplementedError, "float8.*bfloat16"),
     ("k on meta", {"k": lambda d: zeros(2, 110, 2, 32)("meta")}, ValueError, "one device.*meta"),
 ]
 
@@ -43,18 +44,31 @@ def test_dense(kernel, device, changes, error, match):
         kernel.flash_attn_func(**inputs)
 
 
-OPTIONS = [
-    ({"dropout_p": 0.1}, NotImplementedError, "dropout_p=0.1"),
+OPTIONS = [  # tensors are made on the inputs' device
     ({"dropout_p": 1.0}, ValueError, "dropout_p.*got 1.0"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p.*got -0.1"),
-    ({"window_size": (5, 5)}, NotImplementedError, "window_size"),
-    ({"window_size": (-1, 0)}, NotImplementedError, "window_size"),
-    ({"window_size": torch.tensor([3, 3])}, NotImplementedError, "window_size"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p.*got nan"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got str"),
     ({"window_size": (1, 2, 3)}, ValueError, "window_size"),
     ({"window_size": 8}, ValueError, "window_size must be .left, right., got 8"),
-    ({"softcap": 30.0}, NotImplementedError, "softcap=30.0"),
+    ({"window_size": (1.5, 2)}, TypeError, "window_size must be two integers"),
     ({"softcap": -1.0}, ValueError, "softcap.*got -1.0"),
-    ({"alibi_slopes": torch.ones(6)}, NotImplementedError, "alibi_slopes"),
+    ({"softcap": float("inf")}, ValueError, "softcap.*finite, got inf"),
+    ({"alibi_slopes": torch.ones(5)}, ValueError, r"alibi_slopes.*\(6,\) or \(2, 6\), got \(5,\)"),
+    ({"alibi_slopes": torch.ones(3, 6)}, ValueError, "alibi_slopes.*got .3, 6."),
+    ({"alibi_slopes": torch.ones(6).half()}, TypeError, "alibi_slopes.*float32, got.*float16"),
+    ({"alibi_slopes": [1.0] * 6}, TypeError, "alibi_slopes must be a tensor, got list"),
+    ({"alibi_slopes": torch.ones(6, device="meta")}, ValueError, "alibi_slopes.*device.*meta"),
+    ({"s_aux": torch.ones(2)}, ValueError, "s_aux must have shape.*6.*got .2,."),
+    ({"learnable_sink": torch.ones(6).int()}, TypeError, "learnable_sink.*int32"),
+    ({"s_aux": torch.ones(6), "learnable_sink": torch.ones(6)}, ValueError, "one argument"),
+    ({"attn_bias": torch.ones(90, 100)}, ValueError, r"attn_bias.*\[2, 6, 90, 110\].*\(90, 100\)"),
+    ({"attn_bias": torch.ones(1, 2, 6, 90, 110)}, ValueError, "attn_bias must be broadcastable"),
+    ({"attn_bias": torch.ones(90, 110).int()}, TypeError, "attn_bias.*boolean, got torch.int32"),
+    ({"attn_bias": torch.ones(90, 110, device="meta")}, ValueError, "attn_bias.*device.*meta"),
+    ({"causal_alignment": "top"}, ValueError, "causal_alignment must be one of.*got top"),
+    ({"q_descale": torch.ones(1)}, NotImplementedError, "q_descale.*float8"),
+    ({"v_descale": torch.ones(1)}, NotImplementedError, "v_descale.*float8"),
     ({"softmax_scale": "0.1"}, TypeError, "softmax_scale.*str"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite"),
     ({"softmax_scale": torch.ones(2)}, ValueError, "softmax_scale must be one number"),
@@ -63,6 +77,10 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options, error, match", OPTIONS, ids=[str(row[0]) for row in OPTIONS])
 def test_options(kernel, device, options, error, match):
+    options = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+        for name, value in options.items()
+    }
     with pytest.raises(error, match=match):
         kernel.flash_attn_func(**tensors(device), **options)
 
@@ -73,6 +91,7 @@ NEUTRAL = (
     {"window_size": (None, None)},
     {"window_size": torch.tensor([-1, -1])},
     {"window_size": (-1, 0), "causal": True},
+    {"s_aux": None, "attn_bias": None, "causal_alignment": "bottom-right"},
     {"dropout_p": 0, "softcap": 0, "deterministic": True},
 )
 
@@ -95,7 +114,10 @@ VARLEN = [
     ("max two", {"max_seqlen_k": zeros(2)}, ValueError, "max_seqlen_k"),
     ("q rank", {"q": zeros(1, 97, 2, 32)}, ValueError, "q must be 3-dimensional"),
     ("paged", {"block_table": zeros(2, 1)}, NotImplementedError, "block_table"),
-    ("window", {"window_size": lambda d: (8, 0)}, NotImplementedError, "window_size"),
+    ("seqused_k", {"seqused_k": zeros(3, dtype=INT)}, ValueError, "seqused_k.*batch.*got .3,."),
+    ("leftpad_k", {"leftpad_k": zeros(2, dtype=FLOAT)}, TypeError, "leftpad_k.*float32"),
+    ("seqused_q", {"seqused_q": lambda d: [3, 4]}, TypeError, "seqused_q.*list"),
+    ("bias", {"attn_bias": zeros(64, 91)}, ValueError, "attn_bias.*2, 2, 64, 90"),
 ]
 
 

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from cases import BY_NAME, cumulative, make
+from checking import problem_of
 from conftest import HAS_GPU
 
 CHECKS = (
@@ -21,22 +22,31 @@ CHECKS = (
 
 def fields_of(module, name, device, dtype=torch.float16):
     """The AttentionProblem of a case, and what its backward op takes before it."""
-    problem_type = module("problem").AttentionProblem
     case = BY_NAME[name]
     q, k, v, dout, _, options = make(case, dtype, device)
-    problem = (problem_type.varlen if case.varlen else problem_type.dense)(q, k, v, **options)
+    problem = problem_of(module, case, q, k, v, options)
     out, lse = module("ops").fwd(*problem)
-    return problem, (dout, torch.randn_like(lse), out, lse)
+    wanted = [t is not None and t.is_floating_point() for t in problem.differentiable()]
+    return problem, (dout, torch.randn_like(lse), out, lse, 1, wanted)
 
 
-@pytest.mark.parametrize("name", ("causal", "varlen-gqa", "dim-192-128"))
+OPTIONS = ("bias-hqk", "alibi-varlen", "sink-varlen", "dropout-gqa", "used-leftpad", "window")
+
+
+@pytest.mark.parametrize("name", ("causal", "varlen-gqa", "dim-192-128", *OPTIONS))
 def test_opcheck(module, device, name):
     problem, backward_inputs = fields_of(module, name, device)
-    torch.library.opcheck(module("ops").fwd, tuple(problem), test_utils=CHECKS)
-    torch.library.opcheck(module("ops").bwd, (*backward_inputs, *problem), test_utils=CHECKS)
+    lse, sizes = backward_inputs[3], (90, 140)
+    ops = module("ops")
+    torch.library.opcheck(ops.fwd, tuple(problem), test_utils=CHECKS)
+    torch.library.opcheck(ops.bwd, (*backward_inputs, *problem), test_utils=CHECKS)
+    torch.library.opcheck(ops.probs, (lse, *sizes, *problem), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("name", ("causal", "varlen", "dim-192-128", "no-keys", "no-batch"))
+NAMES = ("causal", "varlen", "dim-192-128", "no-keys", "no-batch", *OPTIONS)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("heads_first", (False, True))
 def test_fake_matches_real(module, device, name, heads_first):
     """Shape, dtype, stride and device of every output, for any layout of q."""
@@ -47,16 +57,22 @@ def test_fake_matches_real(module, device, name, heads_first):
         q = problem.q.transpose(1, 2).contiguous().transpose(1, 2)
         problem = problem._replace(q=q)
     ops = module("ops")
-    real = (*ops.fwd(*problem), *ops.bwd(*backward_inputs, *problem))
+
+    def results(problem, backward_inputs):
+        yield from ops.fwd(*problem)
+        yield ops.probs(backward_inputs[3], 9, 9, *problem)
+        for pack in (1, 2, 3) if problem.q.shape == problem.k.shape == problem.v.shape else (1,):
+            yield from ops.bwd(*backward_inputs[:4], pack, backward_inputs[5], *problem)
+
+    real = list(results(problem, backward_inputs))
     mode = FakeTensorMode()
 
     def fake(values):
         return [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in values]
 
     with mode:
-        dense = fake(problem)
-        pretended = (*ops.fwd(*dense), *ops.bwd(*fake(backward_inputs), *dense))
-    for a, b in zip(real, pretended):
+        pretended = list(results(type(problem)(*fake(problem)), fake(backward_inputs)))
+    for a, b in zip(real, pretended, strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 
 
@@ -75,7 +91,10 @@ def test_schema_names_the_problem(module):
     fields = list(module("problem").AttentionProblem._fields)
     ops = module("ops")
     assert [a.name for a in ops.fwd._schema.arguments] == fields
-    assert [a.name for a in ops.bwd._schema.arguments] == ["dout", "dlse", "out", "lse", *fields]
+    before = ["dout", "dlse", "out", "lse", "pack", "wanted"]
+    assert [a.name for a in ops.bwd._schema.arguments] == [*before, *fields]
+    before = ["lse", "max_seqlen_q", "max_seqlen_k"]
+    assert [a.name for a in ops.probs._schema.arguments] == [*before, *fields]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,14 @@
 // Operator schemas, shared by every backend. The implementations are Python (ops.py), so this
 // extension needs nothing of CUDA, ROCm or XPU. PROBLEM names the fields of AttentionProblem
 // (problem.py) in their order; a test holds the two equal.
-#define PROBLEM               \
-  "Tensor q, Tensor k, Tensor v, " \
-  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
-  "float softmax_scale, bool causal"
+#define PROBLEM                                                                  \
+  "Tensor q, Tensor k, Tensor v, "                                               \
+  "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "                                 \
+  "Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, "                    \
+  "Tensor? attn_bias, Tensor? alibi_slopes, Tensor? s_aux, Tensor? rng_state, "  \
+  "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, "  \
+  "bool top_left, float softcap, float dropout_p"
+
+#define ROTARY                                                                             \
+  "Tensor cos, Tensor sin, Tensor? cu_seqlens, Tensor? offsets, SymInt offset, "           \
+  "bool interleaved, bool conjugate"

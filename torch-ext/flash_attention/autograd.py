@@ -5,17 +5,20 @@ import torch
 from . import ops
 from .problem import AttentionProblem
 
+NUM_TENSORS = 12  # of the problem's fields, which begin with them
+FIRST_MOD = 8  # of AttentionProblem.differentiable()
+
 
 class OnceDifferentiable(torch.autograd.Function):
-    """(dq, dk, dv, *what they depend on) -> dq, dk, dv, whose own derivative raises.
+    """(count, *grads, *what they depend on) -> the `count` grads, whose own derivative raises.
 
     torch's `once_differentiable` looks at dout alone: with out.sum() as the loss it would let a
     second derivative drop its terms in q, k and v without a word.
     """
 
     @staticmethod
-    def forward(dq, dk, dv, *sources):
-        return dq.view_as(dq), dk.view_as(dk), dv.view_as(dv)
+    def forward(count, *tensors):
+        return tuple(grad.view_as(grad) for grad in tensors[:count])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -29,46 +32,78 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
+def unpack(pack, q, k, v):
+    """q, k, v of (q, k, v), of (q, kv, None) if pack is 2, of (qkv, None, None) if it is 3."""
+    if pack == 3:
+        return q.unbind(-3)
+    return (q, *k.unbind(-3)) if pack == 2 else (q, k, v)
+
+
 class Attention(torch.autograd.Function):
-    """(*AttentionProblem) -> (out, lse), both differentiable, once."""
+    """(pack, *AttentionProblem) -> (out, lse), both differentiable, once.
+
+    The first three fields are q, k, v, or packed as `unpack` says: then so are their gradients,
+    which backward writes where they belong.
+    """
 
     @staticmethod
-    def forward(*fields):
-        return ops.fwd(*fields)
+    def forward(pack, *fields):
+        return ops.fwd(*unpack(pack, *fields[:3]), *fields[3:])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.scalars = inputs
-        ctx.save_for_backward(*output, q, k, v, cu_seqlens_q, cu_seqlens_k)
+        ctx.pack, *fields = inputs
+        ctx.scalars = fields[NUM_TENSORS:]
+        ctx.save_for_backward(*output, *fields[:NUM_TENSORS])
         ctx.set_materialize_grads(False)  # lse mostly has no gradient: do not fill zeros for it
 
     @staticmethod
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
-        problem = AttentionProblem(*tensors, *ctx.scalars)
+        pack, packed = ctx.pack, tensors[:3]
+        problem = AttentionProblem(*unpack(pack, *packed), *tensors[3:], *ctx.scalars)
+        wanted = ctx.needs_input_grad[1 + FIRST_MOD : 1 + FIRST_MOD + 3]
         with torch.no_grad():
             if dout is None:  # only lse was used
                 dout = torch.zeros_like(out)
-            grads = ops.bwd(dout, dlse, out, lse, *problem)
+            grads = ops.bwd(dout, dlse, out, lse, pack, wanted, *problem)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = OnceDifferentiable.apply(*grads, dout, *problem[:3])
-        return (*grads, *(None for _ in problem[3:]))
+            sources = [t for t in (dout, *packed, *problem.differentiable()) if t is not None]
+            grads = OnceDifferentiable.apply(len(grads), *grads, *sources)
+        grads = iter(grads)
+        of_packed = [None if t is None else next(grads) for t in packed]
+        of_mods = [next(grads) if flag else None for flag in wanted]
+        of_lengths = [None] * len(problem.lengths())
+        return (None, *of_packed, *of_lengths, *of_mods, None, *(None for _ in ctx.scalars))
 
 
-def attention(problem: AttentionProblem):
-    """-> (out, lse); recorded, and its tensors saved, only if a gradient is wanted."""
-    if problem.needs_grad():
-        if torch.compiler.is_compiling():
-            problem = _distinct(problem)
-        return Attention.apply(*problem)
-    return ops.fwd_eager(problem)
+def attention(problem: AttentionProblem, packed=None):
+    """-> (out, lse); recorded, and its tensors saved, only if a gradient is wanted.
+
+    packed: (qkv,) or (q, kv), where q, k and v are views of them.
+    """
+    if not problem.needs_grad():
+        return ops.fwd_eager(problem)
+    if packed is not None:
+        pack = 3 if len(packed) == 1 else 2
+        tensors = (*packed, *(None,) * (3 - len(packed)))
+        return Attention.apply(pack, *tensors, *problem[3:])
+    if torch.compiler.is_compiling():
+        problem = _distinct(problem)
+    return Attention.apply(1, *problem)
+
+
+def probabilities(problem: AttentionProblem, lse, max_seqlen_q, max_seqlen_k):
+    """Softmax probabilities [batch, nheads, max_seqlen_q, max_seqlen_k], negative where dropped;
+    without gradient."""
+    with torch.no_grad():
+        return ops.probs(lse, max_seqlen_q, max_seqlen_k, *problem)
 
 
 def _distinct(problem: AttentionProblem) -> AttentionProblem:
     """Views in place of what may be one tensor twice, which Dynamo's autograd.Function refuses."""
-    cu_seqlens_k = problem.cu_seqlens_k
+    names = ("k", "v", "cu_seqlens_k", "seqused_k", "leftpad_k")
+    tensors = {name: getattr(problem, name) for name in names}
     return problem._replace(
-        k=problem.k.view_as(problem.k),
-        v=problem.v.view_as(problem.v),
-        cu_seqlens_k=None if cu_seqlens_k is None else cu_seqlens_k.view_as(cu_seqlens_k),
+        **{name: tensor.view_as(tensor) for name, tensor in tensors.items() if tensor is not None}
     )

@@ -1,10 +1,12 @@
-"""FlashAttention-2's functions: names, order and defaults of flash_attn 2.7."""
+"""FlashAttention-2's functions: names, order and defaults of flash_attn 2.7, then our own options
+by keyword."""
 
 import numbers
 
 import torch
 
-from .autograd import attention
+from .autograd import attention, probabilities
+from .options import Options
 from .problem import AttentionProblem
 
 
@@ -20,43 +22,68 @@ def flash_attn_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
+    *,
+    s_aux=None,
+    learnable_sink=None,
+    attn_bias=None,
+    causal_alignment="bottom-right",
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
 ):
-    """Exact attention, softmax(softmax_scale * Q Kᵀ) V, without ever storing the scores.
+    """Exact attention, softmax(scores) V, without ever storing the scores.
 
+    score = softcap * tanh(softmax_scale * q_i·k_j / softcap) - slope * |i + shift - j| + bias, each
+    term where its option is given; shift = seqlen_k - seqlen_q (see causal_alignment).
     Dao et al. 2022 (arXiv:2205.14135) and Dao 2023 (arXiv:2307.08691). Query head i uses KV head
     i // (nheads // nheads_k), so that multi-query and grouped-query attention need no copies of
     K or V. The tensors may have any strides and any alignment.
 
     Arguments:
         q: [batch, seqlen_q, nheads, head_dim], float16, bfloat16 or float32 (IEEE arithmetic, no
-            TF32). head_dim is 1 to 256. Inside torch.autocast, q, k and v are cast to its dtype.
+            TF32). head_dim is 1 to 512. Inside torch.autocast, q, k and v are cast to its dtype.
         k: [batch, seqlen_k, nheads_k, head_dim], with nheads a multiple of nheads_k.
-        v: [batch, seqlen_k, nheads_k, head_dim_v]; head_dim_v, 1 to 256, may differ from head_dim.
-        dropout_p: must be 0.0 (not implemented yet).
-        softmax_scale: factor on the scores, any finite number; None means head_dim ** -0.5.
-        causal: query i sees keys j <= i + seqlen_k - seqlen_q: the mask's corner is bottom right.
-        window_size: must be (-1, -1), no window (not implemented yet).
-        softcap: must be 0.0 (not implemented yet).
-        alibi_slopes: must be None (not implemented yet).
-        deterministic: accepted; every result is bitwise repeatable in any case.
-        return_attn_probs: return (out, lse, None) instead of out.
+        v: [batch, seqlen_k, nheads_k, head_dim_v]; head_dim_v, 1 to 512, may differ from head_dim.
+        dropout_p: chance, in [0, 1), that a probability is set to 0, the others being divided by
+            1 - dropout_p. Counter-based (Philox) on batch, head, query and key; the seed is drawn
+            from torch's default generator of q's device. Use 0.0 for evaluation.
+        softmax_scale: factor on the products, any finite number; None means head_dim ** -0.5.
+        causal: query i sees keys j <= i + shift.
+        window_size: (left, right): query i sees keys i + shift - left to i + shift + right,
+            inclusive; -1 or None: no bound. Two integers in a tuple, a list or a CPU tensor. With
+            causal, right is 0. Tiles outside the window are never loaded.
+        softcap: bound on the scaled products (Gemma 2, Grok), natural-log units; 0.0: none.
+        alibi_slopes: (nheads,) or (batch, nheads) float32 (Press et al. 2022); may require grad.
+        deterministic: accepted; every gradient is bitwise repeatable in any case.
+        return_attn_probs: return (out, lse, S_dmask) instead of out.
+        s_aux, learnable_sink: (nheads,), any float dtype, one argument under two names: a score
+            without a value in every row's softmax (gpt-oss's sinks); may require grad.
+        attn_bias: broadcastable to [batch, nheads, seqlen_q, seqlen_k]: any float dtype, added to
+            the scores (natural-log units), or boolean, where False hides the key; may require grad,
+            which is summed over what was broadcast. Nothing is expanded in memory.
+        causal_alignment: where the diagonal ends: "bottom-right", or "top-left", where shift = 0.
+        q_descale, k_descale, v_descale: must be None (float8 is not implemented yet).
 
     Returns:
         out: [batch, seqlen_q, nheads, head_dim_v] in q's dtype. A query that sees no key gives 0.
         lse: only if return_attn_probs: [batch, nheads, seqlen_q] float32, the natural logarithm of
-            the sum of exp(score) over the row's keys; +inf for a query that sees no key.
+            the sum of exp(score) over the row's keys, and its sink; +inf for a row without either.
             Differentiable like out.
+        S_dmask: only if return_attn_probs: None without dropout; with it, [batch, nheads, seqlen_q,
+            seqlen_k], the softmax probabilities, negative where dropped. For tests: it is as large
+            as the scores, and has no gradient.
 
     Raises:
         TypeError: a dtype or type that does not fit, naming the argument.
         ValueError: a shape, device or value that does not fit, naming the argument.
-        NotImplementedError: an option that is not implemented yet, and the way round.
+        NotImplementedError: float8, and the way round.
         RuntimeError: on a second derivative; backward is once differentiable.
     """
-    _refuse_options(dropout_p, causal, window_size, softcap, alibi_slopes)
-    q, k, v = _autocast(q, k, v)
-    out, lse = attention(AttentionProblem.dense(q, k, v, softmax_scale, causal))
-    return (out, lse, None) if return_attn_probs else out
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
+        learnable_sink, attn_bias, causal_alignment, (q_descale, k_descale, v_descale),
+    )  # fmt: skip
+    return _dense(q, k, v, options, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(
@@ -69,20 +96,20 @@ def flash_attn_qkvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
+    *,
+    s_aux=None,
+    learnable_sink=None,
+    attn_bias=None,
+    causal_alignment="bottom-right",
 ):
-    """`flash_attn_func` on qkv [batch, seqlen, 3, nheads, head_dim], read in place."""
-    _check_packed("qkv", qkv, 5, 3, "[batch, seqlen, 3, nheads, head_dim]")
-    return flash_attn_func(
-        *qkv.unbind(2),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    """`flash_attn_func` on qkv [batch, seqlen, 3, nheads, head_dim], read in place; backward writes
+    into one gradient of that shape."""
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
+        learnable_sink, attn_bias, causal_alignment,
+    )  # fmt: skip
+    qkv = _packed("qkv", qkv, 5, 3, "[batch, seqlen, 3, nheads, head_dim]")
+    return _dense(*qkv.unbind(2), options, return_attn_probs, packed=(qkv,))
 
 
 def flash_attn_kvpacked_func(
@@ -96,21 +123,21 @@ def flash_attn_kvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
+    *,
+    s_aux=None,
+    learnable_sink=None,
+    attn_bias=None,
+    causal_alignment="bottom-right",
 ):
-    """`flash_attn_func` on kv [batch, seqlen_k, 2, nheads_k, head_dim], read in place."""
-    _check_packed("kv", kv, 5, 2, "[batch, seqlen_k, 2, nheads_k, head_dim]")
-    return flash_attn_func(
-        q,
-        *kv.unbind(2),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    """`flash_attn_func` on kv [batch, seqlen_k, 2, nheads_k, head_dim], read in place; backward
+    writes into one gradient of that shape."""
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
+        learnable_sink, attn_bias, causal_alignment,
+    )  # fmt: skip
+    kv = _packed("kv", kv, 5, 2, "[batch, seqlen_k, 2, nheads_k, head_dim]")
+    (q,) = _autocast(q)
+    return _dense(q, *kv.unbind(2), options, return_attn_probs, packed=(q, kv))
 
 
 def flash_attn_varlen_func(
@@ -130,6 +157,17 @@ def flash_attn_varlen_func(
     deterministic=False,
     return_attn_probs=False,
     block_table=None,
+    *,
+    s_aux=None,
+    learnable_sink=None,
+    attn_bias=None,
+    causal_alignment="bottom-right",
+    seqused_q=None,
+    seqused_k=None,
+    leftpad_k=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
 ):
     """`flash_attn_func` for sequences of different lengths, packed without padding.
 
@@ -140,24 +178,33 @@ def flash_attn_varlen_func(
         cu_seqlens_q: (batch + 1,) int32 on q's device, not decreasing, beginning with 0. int64 and
             CPU tensors are converted. Their values are read on the device, without synchronising.
         cu_seqlens_k: (batch + 1,) likewise, for k and v. Either side of a sequence may be empty.
-        max_seqlen_q, max_seqlen_k: int, or a tensor of one element, which is never read: the
-            kernels find their tiles from cu_seqlens, so the result does not depend on these.
+        max_seqlen_q, max_seqlen_k: int, or a tensor of one element, which is not read: the kernels
+            find their tiles from cu_seqlens, so the result does not depend on these. With dropout
+            and return_attn_probs they are the size of S_dmask [batch, nheads, max_seqlen_q,
+            max_seqlen_k], and attn_bias is broadcastable to that shape; a score that it has no
+            element for is left alone.
+        seqused_q, seqused_k: (batch,) int32: how many of a sequence's rows count, from the first;
+            the others give 0 in out and gradients, +inf in lse. None: all.
+        leftpad_k: (batch,) int32: how many of k's and v's first rows of a sequence are skipped.
         block_table: must be None (paged K and V are not implemented yet).
-        The other arguments, and the errors, are those of `flash_attn_func`; causal is aligned
-        bottom right in every sequence.
+        The other arguments, and the errors, are those of `flash_attn_func`; the diagonal is
+        aligned in every sequence by the rows that count.
 
     Returns:
         out: [total_q, nheads, head_dim_v]; rows past cu_seqlens_q[-1] are 0.
-        lse: only if return_attn_probs, in (out, lse, None): [nheads, total_q] float32.
+        lse: only if return_attn_probs, in (out, lse, S_dmask): [nheads, total_q] float32.
     """
-    _refuse_options(dropout_p, causal, window_size, softcap, alibi_slopes, block_table)
-    _check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    _check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    q, k, v = _autocast(q, k, v)
-    out, lse = attention(
-        AttentionProblem.varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
-    )
-    return (out, lse, None) if return_attn_probs else out
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
+        learnable_sink, attn_bias, causal_alignment, (q_descale, k_descale, v_descale),
+    )  # fmt: skip
+    if block_table is not None:
+        raise NotImplementedError(
+            "block_table is not implemented yet; gather the pages of K and V into one tensor each"
+        )
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    parts = (seqused_q, seqused_k, leftpad_k)
+    return _varlen(q, k, v, lengths, options, return_attn_probs, parts)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -172,24 +219,21 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
+    *,
+    s_aux=None,
+    learnable_sink=None,
+    attn_bias=None,
+    causal_alignment="bottom-right",
 ):
-    """`flash_attn_varlen_func` on qkv [total, 3, nheads, head_dim], read in place."""
-    _check_packed("qkv", qkv, 4, 3, "[total, 3, nheads, head_dim]")
-    return flash_attn_varlen_func(
-        *qkv.unbind(1),
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    """`flash_attn_varlen_func` on qkv [total, 3, nheads, head_dim], read in place; backward writes
+    into one gradient of that shape."""
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
+        learnable_sink, attn_bias, causal_alignment,
+    )  # fmt: skip
+    qkv = _packed("qkv", qkv, 4, 3, "[total, 3, nheads, head_dim]")
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return _varlen(*qkv.unbind(1), lengths, options, return_attn_probs, packed=(qkv,))
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -207,25 +251,51 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes=None,
     deterministic=False,
     return_attn_probs=False,
+    *,
+    s_aux=None,
+    learnable_sink=None,
+    attn_bias=None,
+    causal_alignment="bottom-right",
 ):
-    """`flash_attn_varlen_func` on kv [total_k, 2, nheads_k, head_dim], read in place."""
-    _check_packed("kv", kv, 4, 2, "[total_k, 2, nheads_k, head_dim]")
-    return flash_attn_varlen_func(
-        q,
-        *kv.unbind(1),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-    )
+    """`flash_attn_varlen_func` on kv [total_k, 2, nheads_k, head_dim], read in place; backward
+    writes into one gradient of that shape."""
+    options = Options(
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
+        learnable_sink, attn_bias, causal_alignment,
+    )  # fmt: skip
+    kv = _packed("kv", kv, 4, 2, "[total_k, 2, nheads_k, head_dim]")
+    (q,) = _autocast(q)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _varlen(q, *kv.unbind(1), lengths, options, return_attn_probs, packed=(q, kv))
+
+
+def _dense(q, k, v, options, return_attn_probs, packed=None):
+    """The dense functions, once their arguments are sorted."""
+    q, k, v = _autocast(q, k, v)
+    problem = AttentionProblem.dense(q, k, v, options)
+    out, lse = attention(problem, packed)
+    if not return_attn_probs:
+        return out
+    return out, lse, _dropped_probabilities(problem, lse, q.shape[1], k.shape[1])
+
+
+def _varlen(q, k, v, lengths, options, return_attn_probs, parts=(None,) * 3, packed=None):
+    """The varlen functions, once their arguments are sorted."""
+    _check_max_seqlen("max_seqlen_q", lengths[2])
+    _check_max_seqlen("max_seqlen_k", lengths[3])
+    q, k, v = _autocast(q, k, v)
+    problem = AttentionProblem.varlen(q, k, v, *lengths, options, *parts)
+    out, lse = attention(problem, packed)
+    if not return_attn_probs:
+        return out
+    return out, lse, _dropped_probabilities(problem, lse, *lengths[2:])
+
+
+def _dropped_probabilities(problem, lse, max_seqlen_q, max_seqlen_k):
+    """S_dmask, which is only there with dropout, as in flash_attn."""
+    if not problem.dropout_p:
+        return None
+    return probabilities(problem, lse, int(max_seqlen_q), int(max_seqlen_k))
 
 
 def _autocast(*tensors):
@@ -239,57 +309,17 @@ def _autocast(*tensors):
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
-def _refuse_options(dropout_p, causal, window_size, softcap, alibi_slopes, block_table=None):
-    """Raise for an option that is set and that this version does not compute."""
-    if dropout_p != 0.0:
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be at least 0 and less than 1, got {dropout_p}")
-        raise NotImplementedError(
-            f"dropout_p={dropout_p} is not implemented yet; apply dropout to the output instead"
-        )
-    if not _is_whole_window(window_size, causal):
-        raise NotImplementedError(
-            f"window_size={window_size} is not implemented yet; pass (-1, -1) and, for a window, "
-            "use torch's flex_attention"
-        )
-    if softcap:
-        if softcap < 0.0:
-            raise ValueError(f"softcap must be at least 0, got {softcap}")
-        raise NotImplementedError(
-            f"softcap={softcap} is not implemented yet; use torch's flex_attention"
-        )
-    if alibi_slopes is not None:
-        raise NotImplementedError(
-            "alibi_slopes is not implemented yet; pass None and use torch's flex_attention"
-        )
-    if block_table is not None:
-        raise NotImplementedError(
-            "block_table is not implemented yet; gather the pages of K and V into one tensor each"
-        )
-
-
-def _is_whole_window(window_size, causal) -> bool:
-    """Whether (left, right) excludes no key: both unbounded; causal bounds the right by itself."""
-    if window_size is None:
-        return True
-    if isinstance(window_size, torch.Tensor):
-        window_size = window_size.tolist()
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise ValueError(f"window_size must be (left, right), got {window_size}")
-    left, right = (-1 if side is None else side for side in window_size)
-    return left < 0 and (right < 0 or causal)
-
-
-def _check_packed(name, tensor, rank, parts, layout):
-    """The packed dimension must be there before it is unbound."""
+def _packed(name, tensor, rank, parts, layout):
+    """A packed tensor, checked before it is unbound, in autocast's dtype."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() != rank or tensor.shape[rank - 3] != parts:
         raise ValueError(f"{name} must have shape {layout}, got {tuple(tensor.shape)}")
+    return _autocast(tensor)[0]
 
 
 def _check_max_seqlen(name, value):
-    """An integer or a one-element tensor, whose value is left unread."""
+    """An integer or a one-element tensor."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")

@@ -11,6 +11,9 @@ from .problem import AttentionProblem
 # The default overloads: a packet would look the overload up on every call.
 fwd = ops.fwd.default
 bwd = ops.bwd.default
+probs = ops.probs.default
+rotary = ops.rotary.default
+rotary_ = ops.rotary_.default
 
 
 @functools.lru_cache(maxsize=None)
@@ -25,16 +28,49 @@ def _fwd_cpu(*fields):
     return cpu.forward(AttentionProblem(*fields))
 
 
-def _bwd_cpu(dout, dlse, out, lse, *fields):
-    return cpu.backward(AttentionProblem(*fields), dout, dlse, out, lse)
+def _bwd_cpu(dout, dlse, out, lse, pack, wanted, *fields):
+    return cpu.backward(AttentionProblem(*fields), dout, dlse, out, lse, pack, wanted)
+
+
+def _probs_cpu(lse, max_seqlen_q, max_seqlen_k, *fields):
+    return cpu.probabilities(AttentionProblem(*fields), lse, max_seqlen_q, max_seqlen_k)
 
 
 def _fwd_triton(*fields):
     return _launch().forward(AttentionProblem(*fields))
 
 
-def _bwd_triton(dout, dlse, out, lse, *fields):
-    return _launch().backward(AttentionProblem(*fields), dout, dlse, out, lse)
+def _bwd_triton(dout, dlse, out, lse, pack, wanted, *fields):
+    return _launch().backward(AttentionProblem(*fields), dout, dlse, out, lse, pack, wanted)
+
+
+def _probs_triton(lse, max_seqlen_q, max_seqlen_k, *fields):
+    return _launch().probabilities(AttentionProblem(*fields), lse, max_seqlen_q, max_seqlen_k)
+
+
+def _rotary(turn, x, cos, *options):
+    """A new tensor: turned columns, and the others copied."""
+    out = torch.empty_like(x)
+    rotary_dim = 2 * cos.shape[-1]
+    if rotary_dim < x.shape[-1]:
+        out[..., rotary_dim:].copy_(x[..., rotary_dim:])
+    return turn(x, out, cos, *options)
+
+
+def _rotary_cpu(x, *options):
+    return _rotary(cpu.rotary, x, *options)
+
+
+def _rotary_triton(x, *options):
+    return _rotary(_launch().rotary, x, *options)
+
+
+def _rotary_cpu_(x, *options):
+    cpu.rotary(x, x, *options)
+
+
+def _rotary_triton_(x, *options):
+    _launch().rotary(x, x, *options)
 
 
 def fwd_eager(problem):
@@ -58,10 +94,15 @@ def fwd_eager(problem):
 
 torch.library.impl(add_op_namespace_prefix("fwd"), "CPU", _fwd_cpu)
 torch.library.impl(add_op_namespace_prefix("bwd"), "CPU", _bwd_cpu)
-torch.library.impl(add_op_namespace_prefix("fwd"), "CUDA", _fwd_triton)  # ROCm is CUDA to torch
-torch.library.impl(add_op_namespace_prefix("bwd"), "CUDA", _bwd_triton)
-torch.library.impl(add_op_namespace_prefix("fwd"), "XPU", _fwd_triton)
-torch.library.impl(add_op_namespace_prefix("bwd"), "XPU", _bwd_triton)
+torch.library.impl(add_op_namespace_prefix("probs"), "CPU", _probs_cpu)
+torch.library.impl(add_op_namespace_prefix("rotary"), "CPU", _rotary_cpu)
+torch.library.impl(add_op_namespace_prefix("rotary_"), "CPU", _rotary_cpu_)
+for _key in ("CUDA", "XPU"):  # ROCm is CUDA to torch
+    torch.library.impl(add_op_namespace_prefix("fwd"), _key, _fwd_triton)
+    torch.library.impl(add_op_namespace_prefix("bwd"), _key, _bwd_triton)
+    torch.library.impl(add_op_namespace_prefix("probs"), _key, _probs_triton)
+    torch.library.impl(add_op_namespace_prefix("rotary"), _key, _rotary_triton)
+    torch.library.impl(add_op_namespace_prefix("rotary_"), _key, _rotary_triton_)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("fwd"))
@@ -71,5 +112,21 @@ def _fwd_fake(*fields):
 
 
 @torch.library.register_fake(add_op_namespace_prefix("bwd"))
-def _bwd_fake(dout, dlse, out, lse, *fields):
-    return AttentionProblem(*fields).empty_grads()
+def _bwd_fake(dout, dlse, out, lse, pack, wanted, *fields):
+    problem = AttentionProblem(*fields)
+    return problem.empty_grads(pack)[0] + problem.empty_mod_grads(wanted)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("probs"))
+def _probs_fake(lse, max_seqlen_q, max_seqlen_k, *fields):
+    return AttentionProblem(*fields).empty_probs(max_seqlen_q, max_seqlen_k)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("rotary"))
+def _rotary_fake(x, cos, sin, cu_seqlens, offsets, offset, interleaved, conjugate):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("rotary_"))
+def _rotary_fake_(x, cos, sin, cu_seqlens, offsets, offset, interleaved, conjugate):
+    return None

@@ -11,7 +11,10 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # log(2): log2 units -> na
 
 # Arguments that change from call to call: a kernel compiled for one value serves all. Not rows_q:
 # where 16 divides it, lse and delta load in pairs, without which dkdv_kernel spills.
-UNSPECIALIZED = ("cu_seqlens_q", "cu_seqlens_k", "rows_k", "batch", "num_tiles")
+UNSPECIALIZED = (
+    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k",
+    "rows_k", "batch", "num_tiles",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,15 @@ class Spec:
 
     head_dim: int
     head_dim_v: int
-    causal: bool
-    defer_scale: bool  # forward: scale inside the exponent, which needs softmax_scale > 0
+    causal: bool  # no key beyond the diagonal
+    left: bool  # Mods.window_left counts
+    right: bool  # Mods.window_right counts
+    top_left: bool  # the diagonal begins at key 0, whatever the lengths
+    softcap: bool
+    dropout: bool
+    precise: bool  # float32 inputs
+    fast_tanh: bool  # softcap by an NVIDIA GPU's approximate tanh
+    defer_scale: bool  # forward: scale inside the exponent, which needs a scale > 0
 
 
 class Operand(NamedTuple):
@@ -49,10 +59,48 @@ class RowOperand(NamedTuple):
     head: int
 
 
+class Queries(NamedTuple):
+    """Inside dkdv_kernel: what belongs to the query rows of one head."""
+
+    q: Any  # Operand
+    dout: Any
+    lse: Any  # RowOperand
+    delta: Any
+
+
 class Mods(NamedTuple):
-    """Run-time values that change the scores."""
+    """Run-time values that change the scores; pointers are None where there is no such tensor."""
 
     scale_log2: float  # softmax_scale * log2(e)
+    softcap_log2: float = 0.0  # softcap * log2(e)
+    tanh_log2: float = 0.0  # 2 * log2(e) * softmax_scale / softcap
+    window_left: int = 0
+    window_right: int = 0
+    drop_below: int = 0  # dropout keeps random int32s from this on
+    keep_scale: float = 1.0  # 1 / (1 - dropout_p)
+    seed_ptr: Any = None
+    alibi_ptr: Any = None  # [batch or 1, heads] float32
+    alibi_batch: int = 0
+    sink_ptr: Any = None  # [heads]
+    bias_ptr: Any = None  # [batch, heads, rows, cols], stride 0 where it is broadcast
+    bias_batch: int = 0
+    bias_head: int = 0
+    bias_row: int = 0
+    bias_col: int = 0
+    bias_rows: int = 0  # reads end here
+    bias_cols: int = 0
+
+
+class HeadMods(NamedTuple):
+    """Inside a kernel: what of Mods one head of one sequence needs; 0 where there is no such thing,
+    as a jit function of Triton 3.6 cannot return None."""
+
+    bias_ptr: Any
+    slope_log2: Any  # ALiBi's slope * log2(e)
+    seed: Any
+    batch: Any
+    head: Any
+    shift: Any  # which key lies on the diagonal at query 0
 
 
 @triton.jit

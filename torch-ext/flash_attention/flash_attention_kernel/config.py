@@ -9,8 +9,8 @@ from typing import Dict
 import torch
 
 MIN_BLOCK_D = 16  # the smallest extent a matrix instruction takes
-TABLE_HEAD_DIMS = (64, 128, 256)  # the tables' rows; a head_dim uses the next row up
-KERNELS = ("forward", "dq", "dkdv")
+TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the next row up
+KERNELS = ("forward", "dq", "dkdv", "tiles")  # tiles: those of score_tiles.py
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class Table:
-    """One tuned/*.json: `rows` maps 'kernel/bytes/head_dim/mask' to the four TileConfig fields."""
+    """One tuned/*.json: `rows` maps the keys of `row_key` to the four TileConfig fields."""
 
     architectures: tuple
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
+    spilling: frozenset  # keys for which no tile was found that does not spill
 
 
 @functools.lru_cache(maxsize=None)
@@ -39,7 +40,8 @@ def tables():
     for path in sorted(Path(__file__).parent.joinpath("tuned").glob("*.json")):
         data = json.loads(path.read_text())
         rows = {key: TileConfig(*row["tile"]) for key, row in data["rows"].items()}
-        table = Table(tuple(data["architectures"]), data["shared_memory"], rows)
+        spilling = frozenset(key for key, row in data["rows"].items() if row.get("spills"))
+        table = Table(tuple(data["architectures"]), data["shared_memory"], rows, spilling)
         by_architecture.update(dict.fromkeys(table.architectures, table))
     return by_architecture
 
@@ -74,19 +76,44 @@ def block_dim(head_dim: int) -> int:
     return max(MIN_BLOCK_D, 1 << (head_dim - 1).bit_length())
 
 
-def row_key(kernel: str, dtype: torch.dtype, head_dim: int, causal: bool) -> str:
-    """The key of a table row, e.g. 'forward/2/128/causal': kernel, bytes per element, head_dim."""
+def row_key(kernel: str, itemsize: int, head_dim: int, kind: str) -> str:
+    """The key of a table row, e.g. 'forward/2/128/causal': kernel, bytes per element, head_dim, and
+    'full' or 'causal', or what of AttentionProblem.weight() needs tiles of its own."""
     width = next(dim for dim in TABLE_HEAD_DIMS if head_dim <= dim)
-    return f"{kernel}/{dtype.itemsize}/{width}/{'causal' if causal else 'full'}"
+    if kernel == "tiles":  # visits every tile with every option
+        return f"{kernel}/{itemsize}/{width}"
+    return f"{kernel}/{itemsize}/{width}/{kind}"
+
+
+def all_keys(kinds=("full", "causal", "mods")):
+    """Every key that a table must have, in order; with 'bias' and 'dropout', may have."""
+    keys = [
+        row_key(kernel, itemsize, head_dim, kind)
+        for kernel in KERNELS
+        for itemsize in (2, 4)
+        for head_dim in TABLE_HEAD_DIMS
+        for kind in kinds
+    ]
+    return list(dict.fromkeys(keys))
 
 
 @functools.lru_cache(maxsize=None)
 def choose(
-    kernel: str, arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, causal: bool
+    kernel: str,
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    masked: bool,
+    weight: str = "",
 ) -> TileConfig:
-    """The config of one of KERNELS on an architecture."""
+    """The config of one of KERNELS on an architecture. weight: AttentionProblem.weight()"""
     if dtype == torch.bfloat16 and arch in ("sm_70", "sm_72", "sm_75"):
         raise TypeError(
             f"q is bfloat16, which needs sm_80 or newer; this GPU is {arch}: use float16"
         )
-    return table_for(arch).rows[row_key(kernel, dtype, max(head_dim, head_dim_v), causal)]
+    rows = table_for(arch).rows
+    size = (kernel, dtype.itemsize, max(head_dim, head_dim_v))
+    if weight:
+        return rows.get(row_key(*size, weight)) or rows[row_key(*size, "mods")]
+    return rows[row_key(*size, "causal" if masked else "full")]

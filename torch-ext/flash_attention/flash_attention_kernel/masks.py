@@ -1,49 +1,95 @@
-"""Which keys a query sees: tile ranges, split into runs that need a mask and runs that do not."""
+"""Which keys a query sees: tile ranges, split into runs that need a mask and runs that do not.
+
+Query i sees key j if i + shift - window_left <= j <= i + shift + window_right, each side where the
+SPEC bounds it (`causal`: the right one, by 0). The shift aligns the mask's corner: bottom right,
+seqlen_k - seqlen_q; top left, 0.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def keep_mask(q_pos, k_pos, seqlen_q, seqlen_k, SPEC: tl.constexpr):
+def diagonal_shift(seqlen_q, seqlen_k, SPEC: tl.constexpr):
+    """Which key lies on the diagonal at query 0."""
+    if SPEC.top_left:
+        return 0
+    else:
+        return seqlen_k - seqlen_q
+
+
+@triton.jit
+def right_reach(mods, SPEC: tl.constexpr):
+    """How many keys beyond the diagonal a query sees, where SPEC bounds them."""
+    if SPEC.causal:
+        return 0
+    else:
+        return mods.window_right
+
+
+@triton.jit
+def keep_mask(q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr):
     """Which (query, key) pairs take part. Positions come broadcast, in whatever order suits."""
     keep = k_pos < seqlen_k
-    if SPEC.causal:
-        keep = keep & (k_pos <= q_pos + (seqlen_k - seqlen_q))  # aligned bottom right
+    if SPEC.causal or SPEC.right:
+        keep = keep & (k_pos <= q_pos + (shift + right_reach(mods, SPEC)))
+    if SPEC.left:
+        keep = keep & (k_pos >= q_pos + (shift - mods.window_left))
     return keep
 
 
 @triton.jit
 def kv_block_range(
-    start_m, seqlen_q, seqlen_k, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    start_m, shift, seqlen_k, mods, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """-> (full_end, end): query rows from start_m see all keys < full_end; from `end` on, none.
+    """-> (begin, full_begin, full_end, end): the query rows from start_m see all keys in
+    [full_begin, full_end) and none outside [begin, end); those between need keep_mask.
 
-    full_end is a multiple of BLOCK_N; the keys between the two need keep_mask.
+    All but `end` are multiples of BLOCK_N.
     """
-    end = seqlen_k
+    begin = 0
+    full_begin = 0
     full_end = seqlen_k
-    if SPEC.causal:
-        diagonal = start_m + seqlen_k - seqlen_q  # last key the first row sees
-        end = tl.maximum(tl.minimum(end, diagonal + BLOCK_M), 0)
-        full_end = tl.maximum(tl.minimum(full_end, diagonal + 1), 0)
-    return full_end // BLOCK_N * BLOCK_N, end
+    end = seqlen_k
+    if SPEC.causal or SPEC.right:
+        last = start_m + shift + right_reach(mods, SPEC)  # that the first row sees
+        end = tl.maximum(tl.minimum(end, last + BLOCK_M), 0)
+        full_end = tl.maximum(tl.minimum(full_end, last + 1), 0)
+    full_end = full_end // BLOCK_N * BLOCK_N
+    if SPEC.left:
+        first = tl.maximum(start_m + shift - mods.window_left, 0)  # that the first row sees
+        last_first = tl.maximum(start_m + BLOCK_M - 1 + shift - mods.window_left, 0)
+        begin = first // BLOCK_N * BLOCK_N
+        full_end = tl.maximum(full_end, begin)
+        full_begin = tl.minimum(tl.cdiv(last_first, BLOCK_N) * BLOCK_N, full_end)
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
 def q_block_range(
-    start_n, seqlen_q, seqlen_k, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    start_n, seqlen_q, shift, mods, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """-> (begin, full_begin, full_end): rows before `begin` see none of the keys from start_n;
-    rows in [full_begin, full_end) see all of them; those between, and from full_end on, need
-    keep_mask. All three are multiples of BLOCK_M, begin <= full_begin <= full_end.
+    """-> (begin, full_begin, full_end, end): the rows in [full_begin, full_end) see all of the keys
+    from start_n, those outside [begin, end) none; those between need keep_mask.
+
+    All but `end` are multiples of BLOCK_M.
     """
     begin = 0
     full_begin = 0
+    end = seqlen_q
     full_end = seqlen_q // BLOCK_M * BLOCK_M
-    if SPEC.causal:
-        first_row = tl.maximum(start_n - (seqlen_k - seqlen_q), 0)  # sees key start_n
-        last_row = tl.maximum(start_n + BLOCK_N - 1 - (seqlen_k - seqlen_q), 0)  # sees them all
-        begin = tl.minimum(first_row // BLOCK_M * BLOCK_M, full_end)
-        full_begin = tl.minimum(tl.cdiv(last_row, BLOCK_M) * BLOCK_M, full_end)
-    return begin, full_begin, full_end
+    if SPEC.left:
+        last_row = start_n + mods.window_left - shift  # that sees key start_n
+        end = tl.maximum(tl.minimum(end, last_row + BLOCK_N), 0)
+        full_end = tl.minimum(full_end, tl.maximum(last_row + 1, 0) // BLOCK_M * BLOCK_M)
+    if SPEC.causal or SPEC.right:
+        diagonal = start_n - shift - right_reach(mods, SPEC)
+        first_row = tl.maximum(diagonal, 0)  # sees key start_n
+        first_full = tl.maximum(diagonal + BLOCK_N - 1, 0)  # sees them all
+        if SPEC.left:
+            begin = tl.minimum(first_row, end) // BLOCK_M * BLOCK_M
+            full_end = tl.maximum(full_end, begin)
+        else:
+            begin = tl.minimum(first_row // BLOCK_M * BLOCK_M, full_end)
+        full_begin = tl.minimum(tl.cdiv(first_full, BLOCK_M) * BLOCK_M, full_end)
+    return begin, full_begin, full_end, end

@@ -11,10 +11,13 @@ class Lengths(NamedTuple):
 
     Dense: `rows` per sequence, `cu_seqlens` None. Packed: `rows` in all, sequence b in rows
     cu_seqlens[b] to cu_seqlens[b + 1]; rows past the last are sequence `batch`, a tail that the
-    kernels give an empty partner, so that they fill it with zeros.
+    kernels give an empty partner, so that they fill it with zeros. Of a sequence's rows the first
+    leftpad[b] are skipped and those from used[b] on do not count, where these are given.
     """
 
     cu_seqlens: Any
+    used: Any
+    leftpad: Any
     rows: int
     batch: int
 
@@ -22,29 +25,43 @@ class Lengths(NamedTuple):
 @triton.jit
 def sequence_bounds(lengths, seq):
     """-> (first row, number of rows) of sequence `seq`; the packed tail is seq == batch."""
-    if lengths.cu_seqlens is None:
-        return 0, lengths.rows
-    else:
+    first = 0
+    length = lengths.rows
+    if lengths.cu_seqlens is not None:
         # Clamped, so that a cu_seqlens that runs past the tensor never reads or writes outside it.
         first = tl.minimum(tl.load(lengths.cu_seqlens + seq), lengths.rows)
         last = lengths.rows
         if seq < lengths.batch:
             last = tl.minimum(tl.load(lengths.cu_seqlens + seq + 1), lengths.rows)
-        return first, last - first
+        length = last - first
+    return used_part(lengths, seq, first, length)
 
 
 @triton.jit
 def partner_bounds(lengths, seq):
     """-> (first row, number of rows) on the other side of the product; the tail sees nothing."""
-    if lengths.cu_seqlens is None:
-        return 0, lengths.rows
-    else:
-        first = 0
+    first = 0
+    length = lengths.rows
+    if lengths.cu_seqlens is not None:
         length = 0
         if seq < lengths.batch:
             first = tl.minimum(tl.load(lengths.cu_seqlens + seq), lengths.rows)
             length = tl.minimum(tl.load(lengths.cu_seqlens + seq + 1), lengths.rows) - first
-        return first, length
+    return used_part(lengths, seq, first, length)
+
+
+@triton.jit
+def used_part(lengths, seq, first, length):
+    """What `used` and `leftpad` leave of the `length` rows from `first` on."""
+    if lengths.used is not None:
+        used = tl.load(lengths.used + seq, mask=seq < lengths.batch, other=length)
+        length = tl.maximum(tl.minimum(length, used), 0)
+    if lengths.leftpad is not None:
+        leftpad = tl.load(lengths.leftpad + seq, mask=seq < lengths.batch, other=0)
+        leftpad = tl.maximum(tl.minimum(leftpad, length), 0)
+        first += leftpad
+        length -= leftpad
+    return first, length
 
 
 @triton.jit
