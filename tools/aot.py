@@ -4,11 +4,13 @@
 
 Each row of each table (flash_attention_kernel/tuned/) is compiled to a cubin or hsaco through the
 launcher's own arguments; registers, spilled bytes and shared memory are reported, and the exit
-code is 1 if a kernel spills, does not fit, or has its wgmma serialised by ptxas (sm_90).
+code is 1 if a kernel spills (unless its table says that every tile found does), does not fit, or
+has its wgmma serialised by ptxas (sm_90).
 """
 
 import argparse
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -30,11 +32,27 @@ from triton.runtime.driver import driver
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DIMS = (64, 128, 256, 512)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain call, is set
+    "plain": (),
+    "window": ("window_left",),
+    "softcap": ("softcap",),
+    "alibi": ("alibi_slopes",),
+    "both": ("softcap", "alibi_slopes"),
+    "bias": ("attn_bias",),
+    "sink": ("s_aux",),
+    "dropout": ("dropout_p", "rng_state"),
+    "all": (
+        "window_left", "softcap", "alibi_slopes", "attn_bias", "s_aux", "dropout_p", "rng_state",
+    ),
+}  # fmt: skip
+
+
 class Row(NamedTuple):
-    """One kernel to compile: what selects a table row, and varlen."""
+    """One kernel to compile: what selects a table row, varlen and options."""
 
     arch: str
     kernel: str
@@ -42,6 +60,7 @@ class Row(NamedTuple):
     head_dim: int
     causal: bool
     varlen: bool
+    options: str = "plain"  # a key of OPTIONS
 
 
 class Report(NamedTuple):
@@ -85,26 +104,42 @@ def problem_for(row: Row):
         torch.empty((*rows, heads, row.head_dim), dtype=DTYPES[row.dtype], device="meta")
         for heads in (4, heads_k, heads_k)
     )
+    options = import_module(f"{package()}.options").Options(causal=row.causal)
     if row.varlen:
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
-        return make.varlen(q, k, v, cu_seqlens, cu_seqlens, causal=row.causal)
-    return make.dense(q, k, v, causal=row.causal)
+        lengths = (cu_seqlens, cu_seqlens, 256, 256)
+        problem = make.varlen(q, k, v, *lengths, options)
+    else:
+        problem = make.dense(q, k, v, options)
+    values = {
+        "window_left": 100,
+        "softcap": 30.0,
+        "dropout_p": 0.1,
+        "rng_state": torch.empty(1, dtype=torch.int64, device="meta"),
+        "alibi_slopes": torch.empty(4, device="meta"),
+        "s_aux": torch.empty(4, device="meta", dtype=q.dtype),
+        "attn_bias": torch.empty((2, 4, 256, 256), device="meta", dtype=q.dtype),
+    }
+    return problem._replace(**{name: values[name] for name in OPTIONS[row.options]})
 
 
 def launch_for(row: Row, tile=None):
     """The launch that the table, or `tile`, gives for a row."""
     launch = import_module(f"{package()}.flash_attention_kernel.launch")
     problem = problem_for(row)
-    if tile is None:
-        dtype, dim = DTYPES[row.dtype], row.head_dim
-        tile = launch.choose(row.kernel, row.arch, dtype, dim, dim, row.causal)
+    tile = tile or launch.tile_for(row.kernel, row.arch, problem)
     out, lse = problem.empty_out(), problem.empty_lse()
-    dq, dk, dv = problem.empty_grads()
+    _, (dq, dk, dv) = problem.empty_grads()
     if row.kernel == "forward":
         return launch.forward_launch(problem, out, lse, tile)
     if row.kernel == "dq":
-        return launch.dq_launch(problem, out, None, out, lse, dq, lse, tile)
-    return launch.dkdv_launch(problem, out, lse, lse, dk, dv, tile)
+        dslope = None if problem.alibi_slopes is None else lse
+        return launch.dq_launch(problem, out, None, out, lse, dq, lse, dslope, tile)
+    if row.kernel == "dkdv":
+        return launch.dkdv_launch(problem, out, lse, lse, dk, dv, tile)
+    if problem.attn_bias is not None:
+        return launch.dbias_launch(problem, out, lse, lse, problem.attn_bias, tile)
+    return launch.probs_launch(problem, lse, problem.empty_probs(256, 256), tile)
 
 
 def compile_row(row: Row, tile=None) -> Report:
@@ -147,20 +182,28 @@ def hsaco_usage(assembly: str):
 
 
 def rows(architectures, quick: bool):
-    """Every table row; `quick`: one per kernel, of those most likely to spill or not to fit."""
-    dims = (128,) if quick else (64, 128, 256)
-    dtypes = ("fp16",) if quick else ("fp16", "bf16", "fp32")
-    for arch in architectures:
+    """Every table row with every weighty option; `quick`: one per kernel."""
+    if quick:
+        for arch in architectures:
+            for kernel, options in (("forward", "plain"), ("dq", "alibi"), ("dkdv", "dropout")):
+                yield Row(arch, kernel, "fp16", 128, True, True, options)
+        return
+    for arch, dim in itertools.product(architectures, DIMS):
         for kernel in ("forward", "dq", "dkdv"):
-            for dtype in dtypes:
-                for dim in dims:
-                    for causal in (True,) if quick else (False, True):
-                        yield Row(arch, kernel, dtype, dim, causal, varlen=quick)
+            for dtype, causal in itertools.product(DTYPES, (False, True)):
+                yield Row(arch, kernel, dtype, dim, causal, False)
+            for dtype, options in itertools.product(("fp16", "fp32"), OPTIONS):
+                if options not in ("plain", "window", "sink"):  # which take what plain takes
+                    yield Row(arch, kernel, dtype, dim, True, False, options)
+        for dtype in DTYPES:
+            yield Row(arch, "tiles", dtype, dim, True, False, "all")
+            yield Row(arch, "tiles", dtype, dim, True, True, "dropout")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--options", nargs="+", choices=tuple(OPTIONS), help="only these")
     parser.add_argument("--quick", action="store_true", help="a subset that takes a minute")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--csv", type=Path, help="write the report here")
@@ -168,18 +211,24 @@ def main():
 
     limits = import_module(f"{package()}.flash_attention_kernel.config").tables()
     todo = list(rows(args.arch, args.quick))
+    if args.options:
+        todo = [row for row in todo if row.options in args.options]
     print(f"triton {triton.__version__}: {len(todo)} kernels", flush=True)
     records, bad = [], 0
     with ProcessPoolExecutor(args.jobs) as pool:
         for row, report in zip(todo, pool.map(compile_row, todo)):
             limit = limits[row.arch].shared_memory
-            good = report.shared <= limit and not report.spill_bytes and not report.serialized
+            size = f"{row.kernel}/{DTYPES[row.dtype].itemsize}/{row.head_dim}"
+            admitted = f"{size}/causal" in limits[row.arch].spilling
+            spills = report.spill_bytes and not admitted
+            good = report.shared <= limit and not spills and not report.serialized
             bad += not good
             record = {"triton": triton.__version__, **row._asdict(), **report._asdict()}
             records.append({**record, "limit": limit})
             print(
                 f"{row.arch:7} {row.kernel:8} {row.dtype} D {row.head_dim:3} "
                 f"{'causal' if row.causal else 'full  '} {'varlen' if row.varlen else 'dense '} "
+                f"{row.options:8} "
                 f"{report.registers:4} registers {report.spill_bytes:5} B spilled "
                 f"{report.shared:7} of {limit} B shared "
                 f"{'SERIALIZED ' if report.serialized else ''}{'' if good else 'BAD'}",
