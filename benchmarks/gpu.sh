@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of about four minutes: tests, then figures beside the
+# Everything that needs a GPU, in one command of about ten minutes: tests, then figures beside the
 # peers. Logs and the CSV go to $OUT. FA_COMMIT names the commit where the tree has no history.
 set -u
 cd "$(dirname "$0")/.."
@@ -23,5 +23,14 @@ bench() { run "$1.log" python3 benchmarks/run.py --mode "$@" --csv "$OUT/gpu.csv
 bench host --batch-size 1 --num-heads 2 --seq-len 16 --only ours sdpa-flash
 bench bwd --preset anchors --warm --only ours sdpa-flash cudnn flex
 bench fwd --preset anchors --only ours sdpa-flash cudnn flex
+run options.log python3 benchmarks/options.py --csv "$OUT/options.csv"
 bench memory --batch-size 1 --num-heads 16 --seq-len 16384 --head-dim 128
+# New random cases; each process compiles its own kernels.
+for seed in $(seq "$workers"); do
+  FA_FUZZ_SECONDS=${FA_FUZZ_SECONDS:-60} FA_FUZZ_SEED=$seed timeout 300 \
+    python3 -m pytest -q -s --timeout 0 tests/test_random.py >"/tmp/random-$seed.log" 2>&1 &
+done
+wait
+cat /tmp/random-*.log >"$OUT/random.log"
+grep -h -E "cases$|^[0-9]+ (passed|failed)" /tmp/random-*.log
 exit $failed

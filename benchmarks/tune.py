@@ -1,6 +1,7 @@
 """Find tile shapes for the tuned/*.json tables: measure candidates on the GPU at hand.
 
-    python benchmarks/tune.py [--head-dims 64 128 256] [--kernels forward dq dkdv] --out tuned.json
+    python benchmarks/tune.py [--head-dims 64 128 256] [--kernels forward dq dkdv]
+        [--kinds full causal bias dropout] --out tuned.json
 
 Candidates are compiled in parallel first (Triton's disk cache carries them over); those that do not
 fit or spill much are dropped, the rest measured at three sequence lengths and ranked by the
@@ -24,13 +25,19 @@ TOKENS, HIDDEN = 16384, 2048
 SHARE = {"forward": 1.0, "dq": 1.5, "dkdv": 2.0}  # of the forward's products that a kernel does
 CANDIDATES = {  # kernel, head_dim -> (block_m, block_n, num_warps, num_stages)
     ("forward", 64): "128,64,8,3 128,64,4,3 64,64,4,3 64,64,4,4 128,128,8,3 64,128,4,3",
-    ("forward", 128): "128,64,8,3 128,128,8,2 128,128,8,3 128,32,8,3 64,64,4,3 64,64,4,2",
+    ("forward", 128): "128,64,8,3 128,128,8,2 128,128,8,3 128,32,8,3 64,64,4,3 64,64,4,2 64,32,4,3",
     ("forward", 256): "128,64,8,2 128,32,8,3 64,32,4,2",
-    ("dq", 64): "128,64,8,3 64,64,4,3 64,64,4,4 128,64,4,3 64,128,4,3 128,128,8,3",
+    ("dq", 64): "128,64,8,3 64,64,4,3 64,64,4,4 128,64,4,3 64,128,4,3 128,128,8,3 64,32,4,3",
     ("dq", 128): "128,64,8,3 128,64,8,2 128,32,8,3 64,64,4,3 64,64,4,2 64,32,4,3",
     ("dq", 256): "64,64,8,2 128,32,8,2 64,32,8,2 64,32,8,3 128,32,8,3",
-    ("dkdv", 64): "64,128,8,3 64,128,8,2 64,64,4,3 32,128,8,3 32,64,4,3 128,128,8,2 128,64,4,2",
-    ("dkdv", 128): "64,128,8,3 64,128,8,2 32,128,8,3 32,128,8,2 32,64,4,3 32,64,4,2 64,64,8,2",
+    (
+        "dkdv",
+        64,
+    ): "64,128,8,3 64,128,8,2 64,64,4,3 32,128,8,3 32,64,4,3 128,128,8,2 128,64,4,2 32,64,4,2",
+    (
+        "dkdv",
+        128,
+    ): "64,128,8,3 64,128,8,2 32,128,8,3 32,128,8,2 32,64,4,3 32,64,4,2 64,64,8,2 16,64,4,3",
     ("dkdv", 256): "32,64,8,2 32,64,8,1 16,64,8,2 32,32,4,2 32,32,8,2 16,64,4,2 32,128,8,1",
 }
 SPILL_BYTES = 128  # measured for comparison, never chosen
@@ -38,30 +45,37 @@ SPILL_BYTES = 128  # measured for comparison, never chosen
 
 def modules():
     name = load_kernel().__name__
-    return import_module(f"{name}.flash_attention_kernel.launch"), import_module(f"{name}.problem")
+    launch = import_module(f"{name}.flash_attention_kernel.launch")
+    return launch, import_module(f"{name}.problem"), import_module(f"{name}.options").Options
 
 
-def launch_for(kernel, tile, shape: Shape):
-    """A launch of one kernel on random data."""
-    launch, problem_module = modules()
+def launch_for(kernel, tile, shape: Shape, kind):
+    """A launch of one kernel on random data; bias and dropout are causal, too."""
+    launch, problem_module, Options = modules()
     q, k, v, dout = (t.detach() for t in random_inputs(shape, "cuda"))
-    problem = problem_module.AttentionProblem.dense(q, k, v, causal=shape.causal)
+    options = Options(causal=shape.causal)
+    if kind == "dropout":
+        options = options._replace(dropout_p=0.1)
+    if kind == "bias":
+        bias = torch.randn(shape.seq_len, shape.seq_len, device="cuda", dtype=q.dtype)
+        options = options._replace(attn_bias=bias)
+    problem = problem_module.AttentionProblem.dense(q, k, v, options)
     tile = launch.TileConfig(*tile)
     out, lse = launch.forward(problem)
     if kernel == "forward":
         return launch.forward_launch(problem, out, lse, tile)
-    dq, dk, dv = problem.empty_grads()
+    _, (dq, dk, dv) = problem.empty_grads()
     delta = (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
     if kernel == "dq":
-        return launch.dq_launch(problem, dout, None, out, lse, dq, delta, tile)
+        return launch.dq_launch(problem, dout, None, out, lse, dq, delta, tile=tile)
     return launch.dkdv_launch(problem, dout, lse, delta, dk, dv, tile)
 
 
 def compile_one(job):
     """Compile a candidate into the disk cache. -> bytes spilled, or None: it does not fit"""
-    kernel, tile, dim, causal, dtype = job
+    kernel, tile, dim, kind, dtype = job
     try:
-        launch = launch_for(kernel, tile, Shape(1, 2, 256, dim, causal, dtype))
+        launch = launch_for(kernel, tile, Shape(1, 2, 256, dim, kind != "full", dtype), kind)
         compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
         compiled._init_handles()
         return 4 * compiled.n_spills
@@ -70,14 +84,14 @@ def compile_one(job):
         return None
 
 
-def measure(kernel, tile, dim, causal, dtype, seq_lens):
+def measure(kernel, tile, dim, kind, dtype, seq_lens):
     """TFLOP/s at each sequence length."""
     from triton.testing import do_bench
 
     figures = []
     for seq_len in seq_lens:
-        shape = Shape(TOKENS // seq_len, HIDDEN // dim, seq_len, dim, causal, dtype)
-        launch = launch_for(kernel, tile, shape)
+        shape = Shape(TOKENS // seq_len, HIDDEN // dim, seq_len, dim, kind != "full", dtype)
+        launch = launch_for(kernel, tile, shape, kind)
         run = functools.partial(launch.kernel[launch.grid], *launch.args, **launch.options)
         ms = do_bench(run, warmup=5, rep=20, return_mode="median")
         figures.append(SHARE[kernel] * shape.flops() / ms / 1e9)
@@ -88,16 +102,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=(64, 128, 256))
     parser.add_argument("--kernels", nargs="+", default=("forward", "dq", "dkdv"))
+    parser.add_argument("--kinds", nargs="+", default=("full", "causal", "bias", "dropout"))
     parser.add_argument("--seq-lens", type=int, nargs="+", default=(1024, 4096, 16384))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
     jobs = [
-        (kernel, tuple(map(int, tile.split(","))), dim, causal, args.dtype)
+        (kernel, tuple(map(int, tile.split(","))), dim, kind, args.dtype)
         for kernel in args.kernels
         for dim in args.head_dims
-        for causal in (False, True)
+        for kind in args.kinds
         for tile in CANDIDATES[kernel, dim].split()
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -105,11 +120,11 @@ def main():
     row_key = import_module(f"{load_kernel().__name__}.flash_attention_kernel.config").row_key
     best = {}
     for job in jobs:
-        kernel, tile, dim, causal, dtype = job
+        kernel, tile, dim, kind, dtype = job
         if spills[job] is None or spills[job] > SPILL_BYTES:
             continue
         figures = measure(*job, args.seq_lens)
-        key = row_key(kernel, getattr(torch, dtype), dim, causal)
+        key = row_key(kernel, getattr(torch, dtype).itemsize, dim, kind)
         mean = geometric_mean(figures)
         text = " ".join(f"{figure:.0f}" for figure in figures)
         print(f"{key} {tile} {mean:.1f} TFLOP/s ({text}) spills {spills[job]}", flush=True)
