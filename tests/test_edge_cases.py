@@ -176,6 +176,24 @@ def test_nan_past_the_end_is_ignored(kernel, device):
     assert_all_equal(run(kernel, q, k, v, dout, dlse, options), want)
 
 
+def test_nan_in_rows_that_do_not_count_is_ignored(kernel, device):
+    """[21] NaN in the rows that seqused_k ends before, and in those that leftpad_k skips."""
+    case = BY_NAME["used-leftpad"]
+    q, k, v, dout, dlse, options = make(case, torch.float16, device)
+    want = run(kernel, q, k, v, dout, dlse, options)
+    counts = torch.zeros(k.shape[0], dtype=torch.bool, device=device)
+    ends = options["cu_seqlens_k"].tolist()
+    for b, first in enumerate(ends[:-1]):
+        last = first + int(options["seqused_k"][b])
+        counts[first + int(options["leftpad_k"][b]) : last] = True
+    assert not counts.all()
+    k, v = k.clone(), v.clone()
+    k[~counts], v[~counts] = torch.nan, torch.nan
+    got = run(kernel, q, k, v, dout, dlse, options)
+    assert_all_equal(got, want)
+    assert (got[3][~counts] == 0).all() and (got[4][~counts] == 0).all()
+
+
 def test_nan_query_stays_in_its_row(kernel, device):
     """[22] A NaN in one query row makes that row NaN, and no other."""
     q, k, v, *_ = make(BY_NAME["causal"], torch.float16, device)

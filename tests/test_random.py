@@ -7,6 +7,7 @@ for that long, and prints how many.
 import os
 import time
 
+import pytest
 import torch
 from cases import Case, make
 from checking import check, run
@@ -101,7 +102,14 @@ def test_random(kernel, device):
         count += 1
         q, k, v, dout, dlse, options = make(case, dtype, device)
         q, k, v, dout = (other_strides(t, kind) for t, kind in zip((q, k, v, dout), strides))
-        results = run(kernel, q, k, v, dout, dlse, options)
+        try:
+            results = run(kernel, q, k, v, dout, dlse, options)
+            if HAS_GPU:
+                torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "CUDA" in str(error):  # the context is gone: every later case would fail as well
+                pytest.exit(f"{case}, {dtype}, {strides}: {error}", returncode=1)
+            raise
         check(results, q, k, v, dout, dlse, options, kernel, rounding=True)
 
     end = time.time() + SECONDS

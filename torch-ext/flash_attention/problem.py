@@ -88,21 +88,14 @@ class AttentionProblem(NamedTuple):
         """attn_bias, alibi_slopes and s_aux: what besides q, k and v may want a gradient."""
         return self[8:11]
 
-    def changes_scores(self) -> bool:
-        """Whether a score is more than a scaled product, or dropout acts on it."""
-        return (
-            self.softcap > 0.0
-            or self.dropout_p > 0.0
-            or self.alibi_slopes is not None
-            or self.attn_bias is not None
-        )
-
     def weight(self) -> str:
         """How many registers the options take, for the choice of tiles: '', 'bias', 'dropout', or
-        'mods' for these with another one; softcap and ALiBi take few (compile report)."""
+        'mods' for these with another one; softcap and ALiBi take few, but for softcap in float32,
+        which is more precise (compile report)."""
         bias, dropout = self.attn_bias is not None, self.dropout_p > 0.0
         if not (bias or dropout):
-            return ""
+            precise = self.softcap > 0.0 and self.q.dtype == torch.float32
+            return "mods" if precise else ""
         if (bias and dropout) or self.softcap > 0.0 or self.alibi_slopes is not None:
             return "mods"
         return "bias" if bias else "dropout"
@@ -117,7 +110,10 @@ class AttentionProblem(NamedTuple):
             or self.seqused_q is not None
             or self.seqused_k is not None
             or self.leftpad_k is not None
-            or self.changes_scores()
+            or self.softcap > 0.0
+            or self.dropout_p > 0.0
+            or self.alibi_slopes is not None
+            or self.attn_bias is not None
         )
 
     def needs_grad(self) -> bool:
