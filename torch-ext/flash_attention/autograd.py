@@ -5,8 +5,8 @@ import torch
 from . import ops
 from .problem import AttentionProblem
 
-NUM_TENSORS = 12  # of the problem's fields, which begin with them
-FIRST_MOD = 8  # of AttentionProblem.differentiable()
+NUM_TENSORS = AttentionProblem._fields.index("softmax_scale")  # the fields begin with them
+FIRST_MOD = AttentionProblem._fields.index("attn_bias")  # of AttentionProblem.differentiable()
 
 
 class OnceDifferentiable(torch.autograd.Function):

@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
-from .common import UNSPECIALIZED, at_head, tile_mask, tile_ptrs
+from .common import at_head, tile_mask, tile_ptrs
 from .seqlen import Lengths, find_block, sequence_bounds
+
+UNSPECIALIZED = ("cu_seqlens", "first_pos", "offset", "table_rows", "batch", "num_tiles")
 
 
 @triton.jit
@@ -18,17 +20,17 @@ def load_angles(table, row_stride, pos, rows, identity, HALF: tl.constexpr, DIM:
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def rotary_kernel(
-    x, out, cos, sin, cu_seqlens_q, seqused_q, offset, rows_k, rows_q, batch, num_tiles,
+    x, out, cos, sin, cu_seqlens, first_pos, offset, table_rows, rows, batch, num_tiles,
     ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads,). The first ROTARY_DIM columns of out = x turned by the angles of
-    its position; rows past the tables of rows_k rows as they are. In place if out is x.
+    its position; rows past the tables as they are. In place if out is x.
 
-    x, out are Operands; cos, sin [rows_k, ROTARY_DIM / 2] pointers; seqused_q (batch,), or None,
-    holds each sequence's first position, to which `offset` adds. CONJUGATE turns back.
+    x, out are Operands; cos, sin [table_rows, ROTARY_DIM / 2] pointers; first_pos (batch,),
+    or None, holds each sequence's first position, to which `offset` adds. CONJUGATE turns back.
     """
-    lengths = Lengths(cu_seqlens_q, None, None, rows_q, batch)
+    lengths = Lengths(cu_seqlens, None, None, rows, batch)
     head = tl.program_id(0) // num_tiles
     seq, block = find_block(tl.program_id(0) % num_tiles, lengths, BLOCK_M)
     first, seqlen = sequence_bounds(lengths, seq)
@@ -38,14 +40,14 @@ def rotary_kernel(
     x = at_head(x, seq, head, first)
     out = at_head(out, seq, head, first)
     pos = start_m + tl.arange(0, BLOCK_M) + offset
-    if seqused_q is not None:
-        pos += tl.load(seqused_q + seq, mask=seq < batch, other=0)
+    if first_pos is not None:
+        pos += tl.load(first_pos + seq, mask=seq < batch, other=0)
     pos = tl.where(seq < batch, pos, -1)  # the tail of a packed tensor has no position
 
     HALF: tl.constexpr = BLOCK_D // 2
     DIM: tl.constexpr = ROTARY_DIM // 2
-    c = load_angles(cos, DIM, pos, rows_k, 1.0, HALF, DIM)
-    s = load_angles(sin, DIM, pos, rows_k, 0.0, HALF, DIM)
+    c = load_angles(cos, DIM, pos, table_rows, 1.0, HALF, DIM)
+    s = load_angles(sin, DIM, pos, table_rows, 0.0, HALF, DIM)
     if CONJUGATE:
         s = -s
     if INTERLEAVED:  # pairs (2i, 2i + 1)
