@@ -59,8 +59,8 @@ def tiles(kind, shape, keywords):
     q, k, v, _ = random_inputs(shape, "cuda")
     chosen = {n: x for n, x in keywords.items() if n in Options._fields}
     problem = make.dense(q, k, v, Options(causal=True, **chosen))
-    kernel, arch = "forward" if kind == "fwd" else "dkdv", launch.architecture(q.device)
-    tile = launch.tile_for(kernel, arch, problem)
+    kernel, arch = "forward" if kind == "fwd" else "dkdv", launch.calls.architecture(q.device)
+    tile = launch.calls.tile_for(kernel, arch, problem)
     window = keywords.get("window_size", (-1, 0))[0]
     blocks = (tile.block_m, tile.block_n)
     return visited(shape.seq_len, *blocks, window) * tile.block_m * tile.block_n

@@ -63,12 +63,12 @@ def launch_for(kernel, tile, shape: Shape, kind):
     tile = launch.TileConfig(*tile)
     out, lse = launch.forward(problem)
     if kernel == "forward":
-        return launch.forward_launch(problem, out, lse, tile)
+        return launch.calls.forward_launch(problem, out, lse, tile)
     _, (dq, dk, dv) = problem.empty_grads()
     delta = (out.float() * dout.float()).sum(-1).transpose(1, 2).contiguous()
     if kernel == "dq":
-        return launch.dq_launch(problem, dout, None, out, lse, dq, delta, tile=tile)
-    return launch.dkdv_launch(problem, dout, lse, delta, dk, dv, tile)
+        return launch.calls.dq_launch(problem, dout, None, out, lse, dq, delta, tile=tile)
+    return launch.calls.dkdv_launch(problem, dout, lse, delta, dk, dv, tile)
 
 
 def compile_one(job):

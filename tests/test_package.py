@@ -19,23 +19,31 @@ KERNELS = PACKAGE / "flash_attention_kernel"
 # DESIGN.md: imports run one way. Each module may import only from those named.
 LAYERS = {
     "__init__": {
-        "classic", "interface", "layers", "modules", "padding", "private", "rotary",
+        "classic", "interface", "kvcache", "layers", "merging", "modules", "padding", "private",
+        "rotary",
     },
     "modules": {"layers", "padding", "rotary"},
     "layers": {"interface"},
     "classic": {"interface"},
     "interface": {"autograd", "options", "problem"},
+    "kvcache": {"autograd", "ops", "options", "problem"},
+    "merging": {"ops"},
     "private": {"ops", "options", "problem"},
     "rotary": {"ops"},
     "autograd": {"ops", "problem"},
-    "ops": {"cpu", "_ops", "problem", "flash_attention_kernel"},
-    "cpu": set(),
+    "ops": {"cpu", "cpu_cache", "_ops", "problem", "flash_attention_kernel"},
+    "cpu": {"cpu_cache"},
+    "cpu_cache": set(),
     "padding": set(),
     "problem": {"options"},
     "options": set(),
     "flash_attention_kernel/__init__": set(),
-    "flash_attention_kernel/launch": {
-        "backward", "common", "config", "forward", "rotary", "score_tiles", "seqlen",
+    "flash_attention_kernel/launch": {"append_kv", "cache_calls", "calls", "config"},
+    "flash_attention_kernel/calls": {
+        "backward", "common", "config", "forward", "pages", "rotary", "score_tiles", "seqlen",
+    },
+    "flash_attention_kernel/cache_calls": {
+        "append_kv", "calls", "combine", "common", "config", "decode", "pages", "seqlen",
     },
     "flash_attention_kernel/config": set(),
     "flash_attention_kernel/common": set(),
@@ -43,10 +51,20 @@ LAYERS = {
     "flash_attention_kernel/masks": {"common"},
     "flash_attention_kernel/scores": {"common"},
     "flash_attention_kernel/softmax": {"common"},
-    "flash_attention_kernel/forward": {"common", "masks", "scores", "seqlen", "softmax"},
+    "flash_attention_kernel/pages": {"common"},
+    "flash_attention_kernel/attend": {"common", "masks", "pages", "scores", "softmax"},
+    "flash_attention_kernel/forward": {
+        "attend", "common", "masks", "pages", "scores", "seqlen", "softmax",
+    },
+    "flash_attention_kernel/decode": {
+        "attend", "common", "masks", "pages", "scores", "seqlen", "softmax",
+    },
+    "flash_attention_kernel/combine": {"softmax"},
+    "flash_attention_kernel/append_kv": {"common", "pages", "rotation", "seqlen"},
+    "flash_attention_kernel/rotation": set(),
     "flash_attention_kernel/backward": {"common", "masks", "scores", "seqlen"},
     "flash_attention_kernel/score_tiles": {"common", "masks", "scores", "seqlen"},
-    "flash_attention_kernel/rotary": {"common", "seqlen"},
+    "flash_attention_kernel/rotary": {"common", "rotation", "seqlen"},
 }  # fmt: skip
 OUTSIDE = set(sys.stdlib_module_names) | {"torch", "triton"}
 
@@ -106,7 +124,7 @@ def test_tables_are_complete(module):
         config.tables()
     )
     keys = set(config.all_keys())
-    assert len(keys) == 3 * 2 * 4 * 3 + 2 * 4
+    assert len(keys) == 3 * 2 * 4 * 3 + 2 * 4 + 2 * 4 * 3
     for arch, table in config.tables().items():
         optional = set(config.all_keys(("bias", "dropout")))
         assert keys <= set(table.rows) <= keys | optional, arch

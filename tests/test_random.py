@@ -4,11 +4,15 @@ A bounded, repeatable number of cases; FA_FUZZ_SECONDS=540 FA_FUZZ_SEED=1 pytest
 for that long, and prints how many.
 """
 
+import functools
 import os
 import time
 
 import pytest
 import torch
+from cache_cases import CacheCase, make_cache
+from cache_checking import call
+from cache_checking import check as check_cache
 from cases import Case, make
 from checking import check, run
 from conftest import HAS_GPU
@@ -86,32 +90,48 @@ def other_strides(tensor, kind):
 STRIDES = st.sampled_from(("plain", "plain", "heads first", "wider", "columns first"))
 
 
-def test_random(kernel, device):
-    count = 0
-
-    @settings(
-        max_examples=15 if HAS_GPU else 40,  # each compiles its kernels
-        deadline=None,
-        database=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
+@st.composite
+def cache_cases(draw):
+    """A call over a KV cache."""
+    group, nheads_k = draw(st.sampled_from((1, 2, 4, 5))), draw(st.sampled_from((1, 2)))
+    batch = draw(st.integers(1, 4))
+    packed, new = draw(st.booleans()), draw(st.booleans())
+    counts = tuple(draw(st.integers(0, 40)) for _ in range(batch))
+    queries = draw(st.integers(1, 40))
+    most = max(counts) if packed else queries
+    dim = draw(st.sampled_from((8, 32, 64, 80, 128, 192, 256)))
+    where = draw(st.sampled_from(("dense", "entries", "pages")))
+    splits = draw(st.sampled_from((0, 0, 1, 2, 5, -1)))
+    side = st.one_of(st.just(-1), st.integers(0, 300))
+    capacity = draw(st.sampled_from((64, 300, 700)))
+    return CacheCase(
+        "random",
+        queries,
+        tuple(draw(st.integers(0, capacity - most)) for _ in range(batch)),
+        counts if packed else None,
+        capacity,
+        group * nheads_k,
+        nheads_k,
+        dim,
+        draw(st.sampled_from((None, None, 16, 128))),
+        draw(st.sampled_from((1, 3, 16, 64, 128))) if where == "pages" else 0,
+        where == "entries",
+        draw(st.booleans()),
+        new,
+        draw(st.sampled_from((0, 8, dim))) if new else 0,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        (draw(side), draw(side)) if draw(st.booleans()) else (-1, -1),
+        draw(st.sampled_from((0.0, 0.0, 3.0))),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        max(splits, 0),
+        splits < 0,
     )
-    @given(cases(), st.sampled_from(DTYPES), st.lists(STRIDES, min_size=4, max_size=4))
-    def hold(case, dtype, strides):
-        nonlocal count
-        count += 1
-        q, k, v, dout, dlse, options = make(case, dtype, device)
-        q, k, v, dout = (other_strides(t, kind) for t, kind in zip((q, k, v, dout), strides))
-        try:
-            results = run(kernel, q, k, v, dout, dlse, options)
-            if HAS_GPU:
-                torch.cuda.synchronize()
-        except RuntimeError as error:
-            if "CUDA" in str(error):  # the context is gone: every later case would fail as well
-                pytest.exit(f"{case}, {dtype}, {strides}: {error}", returncode=1)
-            raise
-        check(results, q, k, v, dout, dlse, options, kernel, rounding=True)
 
+
+def repeat(hold, name):
+    """Call `hold` with fresh seeds for SECONDS, at least once."""
     end = time.time() + SECONDS
     number = SEED * 10**6
     while True:
@@ -119,4 +139,52 @@ def test_random(kernel, device):
         number += 1
         if time.time() >= end:
             break
-    print(f"{count} cases")
+    print(f"{len(hold.count)} {name}")
+
+
+def wait(what):
+    """Let the GPU come to an end of it; if that kills the context, every later case would fail."""
+    try:
+        result = what()
+        if HAS_GPU:
+            torch.cuda.synchronize()
+        return result
+    except RuntimeError as error:
+        if "CUDA" in str(error):
+            pytest.exit(f"{what}: {error}", returncode=1)
+        raise
+
+
+EXAMPLES = settings(
+    max_examples=15 if HAS_GPU else 40,  # each compiles its kernels
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def test_random(kernel, device):
+    @EXAMPLES
+    @given(cases(), st.sampled_from(DTYPES), st.lists(STRIDES, min_size=4, max_size=4))
+    def hold(case, dtype, strides):
+        hold.count.append(case)
+        q, k, v, dout, dlse, options = make(case, dtype, device)
+        q, k, v, dout = (other_strides(t, kind) for t, kind in zip((q, k, v, dout), strides))
+        what = functools.partial(run, kernel, q, k, v, dout, dlse, options)
+        check(wait(what), q, k, v, dout, dlse, options, kernel, rounding=True)
+
+    hold.count = []
+    repeat(hold, "cases")
+
+
+def test_random_cache(kernel, device):
+    @EXAMPLES
+    @given(cache_cases(), st.sampled_from(DTYPES))
+    def hold(case, dtype):
+        hold.count.append(case)
+        cache = make_cache(case, dtype, device)
+        check_cache(case, cache, *wait(functools.partial(call, kernel, cache)), rounding=True)
+
+    hold.count = []
+    repeat(hold, "cases over a cache")

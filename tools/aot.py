@@ -48,7 +48,9 @@ OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain ca
     "all": (
         "window_left", "softcap", "alibi_slopes", "attn_bias", "s_aux", "dropout_p", "rng_state",
     ),
+    "decode": ("window_left", "softcap", "alibi_slopes", "s_aux"),  # all that decoding has
 }  # fmt: skip
+PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so many rows
 
 
 class Row(NamedTuple):
@@ -60,7 +62,8 @@ class Row(NamedTuple):
     head_dim: int
     causal: bool
     varlen: bool
-    options: str = "plain"  # a key of OPTIONS
+    options: str = "plain"  # a key of OPTIONS, or, for decode, of PAGES
+    rows: int = 0  # decode: queries times heads of a group
 
 
 class Report(NamedTuple):
@@ -99,6 +102,8 @@ def package():
 def problem_for(row: Row):
     """A problem on the meta device: shapes, strides and dtypes, no data. Packed, it has GQA too."""
     make = import_module(f"{package()}.problem").AttentionProblem
+    if row.kernel == "decode":
+        return cache_problem_for(row, make)
     rows, heads_k = ((512,), 2) if row.varlen else ((2, 256), 4)
     q, k, v = (
         torch.empty((*rows, heads, row.head_dim), dtype=DTYPES[row.dtype], device="meta")
@@ -111,35 +116,75 @@ def problem_for(row: Row):
         problem = make.varlen(q, k, v, *lengths, options)
     else:
         problem = make.dense(q, k, v, options)
+    return with_options(problem, row)
+
+
+def cache_problem_for(row: Row, make):
+    """`row.rows` rows per KV head to a cache of two sequences; at 512, latent attention."""
+    heads, heads_k = (16, 1) if row.head_dim == 512 else (8, 2)
+    page_size = PAGES.get(row.options)
+    head_dim = 576 if row.head_dim == 512 else row.head_dim
+    q, k, v = (
+        torch.empty(shape, dtype=DTYPES[row.dtype], device="meta")
+        for shape in (
+            (2, row.rows * heads_k // heads, heads, head_dim),
+            (64, page_size or 256, heads_k, head_dim),
+            (64, page_size or 256, heads_k, row.head_dim),
+        )
+    )
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    table = torch.empty((2, 32), dtype=torch.int32, device="meta") if page_size else None
+    options = import_module(f"{package()}.options").Options(causal=row.causal)
+    problem = make.kvcache(q, k, v, options, lengths, block_table=table)
+    return problem if page_size else with_options(problem, row)
+
+
+def with_options(problem, row: Row):
+    """The problem with the options of the row."""
     values = {
         "window_left": 100,
         "softcap": 30.0,
         "dropout_p": 0.1,
         "rng_state": torch.empty(1, dtype=torch.int64, device="meta"),
-        "alibi_slopes": torch.empty(4, device="meta"),
-        "s_aux": torch.empty(4, device="meta", dtype=q.dtype),
-        "attn_bias": torch.empty((2, 4, 256, 256), device="meta", dtype=q.dtype),
+        "attn_bias": torch.empty((2, 4, 256, 256), device="meta", dtype=problem.q.dtype),
     }
+    heads = problem.q.shape[-2]
+    values["alibi_slopes"] = torch.empty(heads, device="meta")
+    values["s_aux"] = torch.empty(heads, device="meta", dtype=problem.q.dtype)
     return problem._replace(**{name: values[name] for name in OPTIONS[row.options]})
 
 
 def launch_for(row: Row, tile=None):
     """The launch that the table, or `tile`, gives for a row."""
-    launch = import_module(f"{package()}.flash_attention_kernel.launch")
+    calls = import_module(f"{package()}.flash_attention_kernel.calls")
     problem = problem_for(row)
-    tile = tile or launch.tile_for(row.kernel, row.arch, problem)
+    if row.kernel == "decode":
+        return decode_launch_for(row, problem, tile)
+    tile = tile or calls.tile_for(row.kernel, row.arch, problem)
     out, lse = problem.empty_out(), problem.empty_lse()
     _, (dq, dk, dv) = problem.empty_grads()
     if row.kernel == "forward":
-        return launch.forward_launch(problem, out, lse, tile)
+        return calls.forward_launch(problem, out, lse, tile)
     if row.kernel == "dq":
         dslope = None if problem.alibi_slopes is None else lse
-        return launch.dq_launch(problem, out, None, out, lse, dq, lse, dslope, tile)
+        return calls.dq_launch(problem, out, None, out, lse, dq, lse, dslope, tile)
     if row.kernel == "dkdv":
-        return launch.dkdv_launch(problem, out, lse, lse, dk, dv, tile)
+        return calls.dkdv_launch(problem, out, lse, lse, dk, dv, tile)
     if problem.attn_bias is not None:
-        return launch.dbias_launch(problem, out, lse, lse, problem.attn_bias, tile)
-    return launch.probs_launch(problem, lse, problem.empty_probs(256, 256), tile)
+        return calls.dbias_launch(problem, out, lse, lse, problem.attn_bias, tile)
+    return calls.probs_launch(problem, lse, problem.empty_probs(256, 256), tile)
+
+
+def decode_launch_for(row: Row, problem, tile):
+    """A part of a split-KV call."""
+    cache_calls = import_module(f"{package()}.flash_attention_kernel.cache_calls")
+    if tile is None:
+        config = import_module(f"{package()}.flash_attention_kernel.config")
+        dims = (problem.q.shape[-1], problem.v.shape[-1])
+        tile = config.choose_decode(row.arch, problem.q.dtype, *dims, row.rows)
+    out = torch.empty((4, *problem.empty_out().shape), device="meta")
+    lse = torch.empty((4, *problem.empty_lse().shape), device="meta")
+    return cache_calls.decode_launch(problem, out, lse, cache_calls.Splits(4), tile)
 
 
 def compile_row(row: Row, tile=None) -> Report:
@@ -195,6 +240,9 @@ def rows(architectures, quick: bool):
             for dtype, options in itertools.product(("fp16", "fp32"), OPTIONS):
                 if options not in ("plain", "window", "sink"):  # which take what plain takes
                     yield Row(arch, kernel, dtype, dim, True, False, options)
+        for dtype, rows in itertools.product(DTYPES, (16, 32, 64)):
+            for options in ("plain", "decode", *PAGES) if dtype != "bf16" else ("plain",):
+                yield Row(arch, "decode", dtype, dim, True, False, options, rows)
         for dtype in DTYPES:
             yield Row(arch, "tiles", dtype, dim, True, False, "all")
             yield Row(arch, "tiles", dtype, dim, True, True, "dropout")
@@ -203,7 +251,8 @@ def rows(architectures, quick: bool):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--options", nargs="+", choices=tuple(OPTIONS), help="only these")
+    parser.add_argument("--options", nargs="+", choices=(*OPTIONS, *PAGES), help="only these")
+    parser.add_argument("--kernels", nargs="+", help="only these")
     parser.add_argument("--quick", action="store_true", help="a subset that takes a minute")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--csv", type=Path, help="write the report here")
@@ -213,6 +262,8 @@ def main():
     todo = list(rows(args.arch, args.quick))
     if args.options:
         todo = [row for row in todo if row.options in args.options]
+    if args.kernels:
+        todo = [row for row in todo if row.kernel in args.kernels]
     print(f"triton {triton.__version__}: {len(todo)} kernels", flush=True)
     records, bad = [], 0
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -228,7 +279,7 @@ def main():
             print(
                 f"{row.arch:7} {row.kernel:8} {row.dtype} D {row.head_dim:3} "
                 f"{'causal' if row.causal else 'full  '} {'varlen' if row.varlen else 'dense '} "
-                f"{row.options:8} "
+                f"{row.options:8} {row.rows or '':2} "
                 f"{report.registers:4} registers {report.spill_bytes:5} B spilled "
                 f"{report.shared:7} of {limit} B shared "
                 f"{'SERIALIZED ' if report.serialized else ''}{'' if good else 'BAD'}",

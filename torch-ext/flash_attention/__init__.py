@@ -10,6 +10,8 @@ from .interface import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from .kvcache import flash_attn_with_kvcache
+from .merging import flash_attn_combine, merge_attention_states
 from .modules import (
     MHA,
     FlashAttention,
@@ -41,15 +43,18 @@ __all__ = [
     "apply_rotary_emb",
     "flash_attention",
     "flash_attention_forward",
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "get_alibi_slopes",
     "index_first_axis",
     "layers",
+    "merge_attention_states",
     "pad_input",
     "unpad_input",
     "unpad_input_for_concatenated_sequences",

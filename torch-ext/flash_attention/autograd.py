@@ -73,7 +73,7 @@ class Attention(torch.autograd.Function):
         grads = iter(grads)
         of_packed = [None if t is None else next(grads) for t in packed]
         of_mods = [next(grads) if flag else None for flag in wanted]
-        of_lengths = [None] * len(problem.lengths())
+        of_lengths = [None] * (FIRST_MOD - 3)
         return (None, *of_packed, *of_lengths, *of_mods, None, *(None for _ in ctx.scalars))
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu_cache
+
 BLOCK_M = 256  # query rows per step
 BLOCK_N = 512  # keys per step; 256 x 512 scores per head stay in a core's L2
 MAX_HEADS = 256  # of all the sequences taken at once: bounds the scores at 128 MiB
@@ -27,17 +29,44 @@ class Part(NamedTuple):
 
 
 def _parts(problem):
-    if problem.cu_seqlens_q is None:
+    packed = problem.cu_seqlens_q is not None
+    if not packed and not _cached(problem):
         batch, _, nheads, _ = problem.q.shape
         return [Part(seqs, seqs, seqs) for seqs in _blocks(batch, max(MAX_HEADS // nheads, 1))]
-    ends_q = problem.cu_seqlens_q.clamp(0, problem.q.shape[0]).tolist()
-    ends_k = problem.cu_seqlens_k.clamp(0, problem.k.shape[0]).tolist()
+    batch = problem.batch()
+    bounds_q = [(b, b + 1) for b in range(batch)]
+    if packed:
+        ends = problem.cu_seqlens_q.clamp(0, problem.q.shape[0]).tolist()
+        bounds_q = zip(ends, ends[1:])
     parts = []
-    for b, bounds in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:])):
-        rows_q = _used(*bounds[:2], problem.seqused_q, None, b)
-        rows_k = _used(*bounds[2:], problem.seqused_k, problem.leftpad_k, b)
+    for b, (bounds, (first, last)) in enumerate(zip(bounds_q, _bounds_k(problem))):
+        rows_q = _used(*bounds, problem.seqused_q, None, b)
+        rows_k = _used(first, last, problem.seqused_k, problem.leftpad_k, b)
         parts.append(Part(slice(b, b + 1), rows_q, rows_k))
     return parts
+
+
+def _cached(problem):
+    """Whether K is a cache, whose sequences are counted each from its row 0."""
+    return problem.k.dim() == 4 and (
+        problem.q.dim() == 3
+        or problem.seqused_k is not None
+        or problem.leftpad_k is not None
+        or problem.block_table is not None
+        or problem.cache_batch_idx is not None
+    )
+
+
+def _bounds_k(problem):
+    """The rows of K, or of a sequence's cache, that each sequence has at most."""
+    batch, rows_k = problem.batch(), problem.rows_k()
+    if problem.cu_seqlens_k is None:
+        return [(0, rows_k)] * batch
+    ends = problem.cu_seqlens_k.tolist()
+    if _cached(problem):
+        return [(0, min(max(last - first, 0), rows_k)) for first, last in zip(ends, ends[1:])]
+    ends = [min(max(end, 0), rows_k) for end in ends]
+    return list(zip(ends, ends[1:]))
 
 
 def _used(first, last, seqused, leftpad, b):
@@ -47,6 +76,15 @@ def _used(first, last, seqused, leftpad, b):
     if leftpad is not None:
         first = min(last, first + max(int(leftpad[b]), 0))
     return slice(first, last)
+
+
+def _keys_by_kv_head(problem, tensor, part):
+    """K's or V's rows of a Part -> [batch, nheads_k, 1, seqlen, d]"""
+    nheads_k = problem.k.shape[-2]
+    if not _cached(problem):
+        return _by_kv_head(tensor, part.rows_k, nheads_k)
+    rows = cpu_cache.rows_of(problem, tensor, part.seqs.start, part.rows_k)
+    return _by_kv_head(rows, slice(None), nheads_k)
 
 
 def _by_kv_head(tensor, rows, nheads_k):
@@ -192,8 +230,8 @@ def forward(problem):
             problem,
             part,
             _by_kv_head(problem.q, part.rows_q, nheads_k),
-            _by_kv_head(problem.k, part.rows_k, nheads_k),
-            _by_kv_head(problem.v, part.rows_k, nheads_k),
+            _keys_by_kv_head(problem, problem.k, part),
+            _keys_by_kv_head(problem, problem.v, part),
             _by_kv_head(out, part.rows_q, nheads_k),
             _rows_by_kv_head(lse, part.rows_q, nheads_k),
         )
@@ -324,7 +362,7 @@ def probabilities(problem, lse, max_seqlen_q, max_seqlen_k):
     nheads_k = problem.k.shape[-2]
     for part in _parts(problem):
         q = _by_kv_head(problem.q, part.rows_q, nheads_k)
-        k = _by_kv_head(problem.k, part.rows_k, nheads_k)
+        k = _keys_by_kv_head(problem, problem.k, part)
         lse_rows = _rows_by_kv_head(lse, part.rows_q, nheads_k).unsqueeze(-1)
         score = Scores(problem, part, q.shape[3], k.shape[3])
         rows, cols = slice(0, q.shape[3]), slice(0, k.shape[3])
@@ -337,35 +375,3 @@ def probabilities(problem, lse, max_seqlen_q, max_seqlen_k):
         target = probs[part.seqs, :, : rows.stop, : cols.stop]
         target.copy_(p.flatten(1, 2)[:, :, : target.shape[2], : target.shape[3]])
     return probs
-
-
-def rotary(x, out, cos, sin, cu_seqlens, offsets, offset, interleaved, conjugate):
-    """Turn x [batch, seqlen, nheads, d] or [total, nheads, d] by its positions' angles into `out`,
-    which may be x: its first 2 * cos.shape[1] columns, as kernels/rotary.py."""
-    if cu_seqlens is None:
-        first = torch.zeros(x.shape[0]) if offsets is None else offsets
-        pos = torch.arange(x.shape[1]) + first.long().unsqueeze(1) + offset  # [batch, seqlen]
-        none = torch.zeros_like(pos, dtype=torch.bool)
-    else:
-        row = torch.arange(x.shape[0])
-        seq = torch.searchsorted(cu_seqlens, row, right=True) - 1
-        none = seq >= cu_seqlens.shape[0] - 1  # rows of no sequence
-        seq = seq.clamp(max=max(cu_seqlens.shape[0] - 2, 0))
-        first = 0 if offsets is None or not offsets.numel() else offsets[seq]
-        pos = row - cu_seqlens[seq] + first + offset  # [total]
-    none |= (pos < 0) | (pos >= cos.shape[0])
-    pos, none = pos.masked_fill(none, 0), none[..., None, None]
-    if not cos.shape[0]:
-        return out.copy_(x)
-    c = cos[pos].unsqueeze(-2).float().masked_fill(none, 1.0)  # [.., 1, rotary_dim / 2]
-    s = sin[pos].unsqueeze(-2).float().masked_fill(none, 0.0)
-    s = -s if conjugate else s
-    dim = cos.shape[1]
-    halves = (slice(0, 2 * dim, 2), slice(1, 2 * dim, 2))
-    if not interleaved:
-        halves = (slice(0, dim), slice(dim, 2 * dim))
-    x0, x1 = (x[..., half].float() for half in halves)
-    turned = (x0 * c - x1 * s, x0 * s + x1 * c)
-    for half, values in zip(halves, turned):
-        out[..., half] = values.to(out.dtype)
-    return out

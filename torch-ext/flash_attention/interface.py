@@ -27,6 +27,8 @@ def flash_attn_func(
     learnable_sink=None,
     attn_bias=None,
     causal_alignment="bottom-right",
+    num_splits=0,
+    batch_invariant=False,
     q_descale=None,
     k_descale=None,
     v_descale=None,
@@ -62,6 +64,10 @@ def flash_attn_func(
             the scores (natural-log units), or boolean, where False hides the key; may require grad,
             which is summed over what was broadcast. Nothing is expanded in memory.
         causal_alignment: where the diagonal ends: "bottom-right", or "top-left", where shift = 0.
+        num_splits: into how many parts the keys are divided where queries are few; 0: chosen from
+            the shapes, so that the GPU is full. Forward alone.
+        batch_invariant: no bit of a sequence's result depends on the others of the batch; so too
+            with num_splits=1.
         q_descale, k_descale, v_descale: must be None (float8 is not implemented yet).
 
     Returns:
@@ -81,7 +87,8 @@ def flash_attn_func(
     """
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
-        learnable_sink, attn_bias, causal_alignment, (q_descale, k_descale, v_descale),
+        learnable_sink, attn_bias, causal_alignment, (q_descale, k_descale, v_descale), num_splits,
+        batch_invariant,
     )  # fmt: skip
     return _dense(q, k, v, options, return_attn_probs)
 
@@ -165,6 +172,8 @@ def flash_attn_varlen_func(
     seqused_q=None,
     seqused_k=None,
     leftpad_k=None,
+    num_splits=0,
+    batch_invariant=False,
     q_descale=None,
     k_descale=None,
     v_descale=None,
@@ -178,15 +187,18 @@ def flash_attn_varlen_func(
         cu_seqlens_q: (batch + 1,) int32 on q's device, not decreasing, beginning with 0. int64 and
             CPU tensors are converted. Their values are read on the device, without synchronising.
         cu_seqlens_k: (batch + 1,) likewise, for k and v. Either side of a sequence may be empty.
-        max_seqlen_q, max_seqlen_k: int, or a tensor of one element, which is not read: the kernels
-            find their tiles from cu_seqlens, so the result does not depend on these. With dropout
-            and return_attn_probs they are the size of S_dmask [batch, nheads, max_seqlen_q,
+        max_seqlen_q, max_seqlen_k: int, which only helps to choose a kernel, or a tensor of one
+            element, which is not read: the tiles are found from cu_seqlens. With dropout and
+            return_attn_probs they are the size of S_dmask [batch, nheads, max_seqlen_q,
             max_seqlen_k], and attn_bias is broadcastable to that shape; a score that it has no
             element for is left alone.
         seqused_q, seqused_k: (batch,) int32: how many of a sequence's rows count, from the first;
             the others give 0 in out and gradients, +inf in lse. None: all.
         leftpad_k: (batch,) int32: how many of k's and v's first rows of a sequence are skipped.
-        block_table: must be None (paged K and V are not implemented yet).
+        block_table: [batch, pages per sequence] int32: k and v are [num_pages, page_size, nheads_k,
+            head_dim], any page_size from 1, and sequence b's keys lie in pages block_table[b][0],
+            [1], ... Their number is that of seqused_k or of cu_seqlens_k, of which one may be None
+            (the smaller, with both). Entries that are not in use may be anything. No gradient.
         The other arguments, and the errors, are those of `flash_attn_func`; the diagonal is
         aligned in every sequence by the rows that count.
 
@@ -196,15 +208,12 @@ def flash_attn_varlen_func(
     """
     options = Options(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux,
-        learnable_sink, attn_bias, causal_alignment, (q_descale, k_descale, v_descale),
+        learnable_sink, attn_bias, causal_alignment, (q_descale, k_descale, v_descale), num_splits,
+        batch_invariant,
     )  # fmt: skip
-    if block_table is not None:
-        raise NotImplementedError(
-            "block_table is not implemented yet; gather the pages of K and V into one tensor each"
-        )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     parts = (seqused_q, seqused_k, leftpad_k)
-    return _varlen(q, k, v, lengths, options, return_attn_probs, parts)
+    return _varlen(q, k, v, lengths, options, return_attn_probs, parts, None, block_table)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -279,12 +288,14 @@ def _dense(q, k, v, options, return_attn_probs, packed=None):
     return out, lse, _dropped_probabilities(problem, lse, q.shape[1], k.shape[1])
 
 
-def _varlen(q, k, v, lengths, options, return_attn_probs, parts=(None,) * 3, packed=None):
+def _varlen(
+    q, k, v, lengths, options, return_attn_probs, parts=(None,) * 3, packed=None, block_table=None
+):
     """The varlen functions, once their arguments are sorted."""
     _check_max_seqlen("max_seqlen_q", lengths[2])
     _check_max_seqlen("max_seqlen_k", lengths[3])
     q, k, v = _autocast(q, k, v)
-    problem = AttentionProblem.varlen(q, k, v, *lengths, options, *parts)
+    problem = AttentionProblem.varlen(q, k, v, *lengths, options, *parts, block_table=block_table)
     out, lse = attention(problem, packed)
     if not return_attn_probs:
         return out

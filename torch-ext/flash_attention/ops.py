@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from . import cpu
+from . import cpu, cpu_cache
 from ._ops import add_op_namespace_prefix, ops
 from .problem import AttentionProblem
 
@@ -12,6 +12,8 @@ from .problem import AttentionProblem
 fwd = ops.fwd.default
 bwd = ops.bwd.default
 probs = ops.probs.default
+append = ops.append.default
+combine = ops.combine.default
 rotary = ops.rotary.default
 rotary_ = ops.rotary_.default
 
@@ -48,6 +50,14 @@ def _probs_triton(lse, max_seqlen_q, max_seqlen_k, *fields):
     return _launch().probabilities(AttentionProblem(*fields), lse, max_seqlen_q, max_seqlen_k)
 
 
+def _append_triton(*tensors):
+    return _launch().append(*tensors)
+
+
+def _combine_triton(out_partial, lse_partial, dtype):
+    return _launch().combine(out_partial, lse_partial, dtype)
+
+
 def _rotary(turn, x, cos, *options):
     """A new tensor: turned columns, and the others copied."""
     out = torch.empty_like(x)
@@ -58,7 +68,7 @@ def _rotary(turn, x, cos, *options):
 
 
 def _rotary_cpu(x, *options):
-    return _rotary(cpu.rotary, x, *options)
+    return _rotary(cpu_cache.rotary, x, *options)
 
 
 def _rotary_triton(x, *options):
@@ -66,7 +76,7 @@ def _rotary_triton(x, *options):
 
 
 def _rotary_cpu_(x, *options):
-    cpu.rotary(x, x, *options)
+    cpu_cache.rotary(x, x, *options)
 
 
 def _rotary_triton_(x, *options):
@@ -95,12 +105,16 @@ def fwd_eager(problem):
 torch.library.impl(add_op_namespace_prefix("fwd"), "CPU", _fwd_cpu)
 torch.library.impl(add_op_namespace_prefix("bwd"), "CPU", _bwd_cpu)
 torch.library.impl(add_op_namespace_prefix("probs"), "CPU", _probs_cpu)
+torch.library.impl(add_op_namespace_prefix("append"), "CPU", cpu_cache.append)
+torch.library.impl(add_op_namespace_prefix("combine"), "CPU", cpu_cache.combine)
 torch.library.impl(add_op_namespace_prefix("rotary"), "CPU", _rotary_cpu)
 torch.library.impl(add_op_namespace_prefix("rotary_"), "CPU", _rotary_cpu_)
 for _key in ("CUDA", "XPU"):  # ROCm is CUDA to torch
     torch.library.impl(add_op_namespace_prefix("fwd"), _key, _fwd_triton)
     torch.library.impl(add_op_namespace_prefix("bwd"), _key, _bwd_triton)
     torch.library.impl(add_op_namespace_prefix("probs"), _key, _probs_triton)
+    torch.library.impl(add_op_namespace_prefix("append"), _key, _append_triton)
+    torch.library.impl(add_op_namespace_prefix("combine"), _key, _combine_triton)
     torch.library.impl(add_op_namespace_prefix("rotary"), _key, _rotary_triton)
     torch.library.impl(add_op_namespace_prefix("rotary_"), _key, _rotary_triton_)
 
@@ -120,6 +134,20 @@ def _bwd_fake(dout, dlse, out, lse, pack, wanted, *fields):
 @torch.library.register_fake(add_op_namespace_prefix("probs"))
 def _probs_fake(lse, max_seqlen_q, max_seqlen_k, *fields):
     return AttentionProblem(*fields).empty_probs(max_seqlen_q, max_seqlen_k)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("append"))
+def _append_fake(
+    q, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, block_table, batch_idx,
+    interleaved, turn_each,
+):  # fmt: skip
+    return torch.empty_like(cache_seqlens), q.new_empty(0) if cos is None else torch.empty_like(q)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("combine"))
+def _combine_fake(out_partial, lse_partial, dtype):
+    out = out_partial.new_empty(out_partial.shape[1:], dtype=dtype)
+    return out, lse_partial.new_empty(lse_partial.shape[1:], dtype=torch.float32)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("rotary"))

@@ -24,6 +24,8 @@ class Options(NamedTuple):
     attn_bias: Any = None
     causal_alignment: Any = "bottom-right"
     descales: Tuple[Any, Any, Any] = (None, None, None)
+    num_splits: Any = 0
+    batch_invariant: Any = False
 
 
 PLAIN = Options()
@@ -37,7 +39,7 @@ def checked_fields(q, options: Options, sizes, rng_state):
     o = options
     scale = _scale(o.softmax_scale, q.shape[-1])
     if _is_plain(o):  # 4 us of host time sooner
-        return (None, None, None, None, scale, bool(o.causal), -1, -1, False, 0.0, 0.0)
+        return (None, None, None, None, scale, bool(o.causal), -1, -1, False, 0.0, 0.0, 0, False)
     batch, nheads = sizes[:2]
     for name, value in zip(("q_descale", "k_descale", "v_descale"), o.descales):
         if value is not None:
@@ -71,6 +73,8 @@ def checked_fields(q, options: Options, sizes, rng_state):
         o.causal_alignment == "top-left",
         softcap,
         dropout_p,
+        _num_splits(o, dropout_p),
+        bool(o.batch_invariant),
     )
 
 
@@ -83,8 +87,25 @@ def _is_plain(options: Options) -> bool:
         and type(o.window_size) is tuple and o.window_size == (-1, -1)
         and o.alibi_slopes is None and o.s_aux is None and o.learnable_sink is None
         and o.attn_bias is None and o.causal_alignment == "bottom-right"
+        and not o.num_splits and not o.batch_invariant
         and o.descales[0] is o.descales[1] is o.descales[2] is None
     )  # fmt: skip
+
+
+def _num_splits(o: Options, dropout_p) -> int:
+    if not isinstance(o.num_splits, numbers.Integral) or o.num_splits < 0:
+        raise ValueError(f"num_splits must be 0 (as fits) or more, got {o.num_splits}")
+    if o.num_splits > 1:
+        if dropout_p > 0.0 or o.attn_bias is not None:
+            raise NotImplementedError(
+                "num_splits over 1 is not implemented with dropout_p or attn_bias; leave it at 0"
+            )
+        if o.batch_invariant:
+            raise ValueError(
+                f"batch_invariant chooses the splits itself; num_splits must be 0 or 1, got "
+                f"{o.num_splits}"
+            )
+    return int(o.num_splits)
 
 
 def _number(name, value):

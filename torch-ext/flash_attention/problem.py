@@ -1,5 +1,6 @@
 """AttentionProblem: one attention call, validated, with its defaults filled in."""
 
+import numbers
 from typing import NamedTuple, Optional
 
 import torch
@@ -10,6 +11,7 @@ from .options import PLAIN, checked_fields
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEVICES = ("cuda", "xpu", "cpu", "meta")
 MAX_HEAD_DIM = 512
+MAX_CACHE_HEAD_DIM = 576  # latent attention's q and k
 
 
 class AttentionProblem(NamedTuple):
@@ -17,7 +19,8 @@ class AttentionProblem(NamedTuple):
 
     Dense: q [batch, seqlen_q, nheads, head_dim], k [batch, seqlen_k, nheads_k, head_dim],
     v [batch, seqlen_k, nheads_k, head_dim_v]. Packed (varlen): the first two dimensions are one,
-    and sequence b lies in rows cu_seqlens[b] to cu_seqlens[b + 1].
+    and sequence b lies in rows cu_seqlens[b] to cu_seqlens[b + 1]. A cache of k and v is dense
+    whatever q is; paged, k is [pages, page_size, nheads_k, head_dim].
     """
 
     q: Tensor
@@ -28,6 +31,8 @@ class AttentionProblem(NamedTuple):
     seqused_q: Optional[Tensor]  # (batch,) int32: rows of each sequence that count
     seqused_k: Optional[Tensor]
     leftpad_k: Optional[Tensor]  # (batch,) int32: rows of each sequence of k to skip
+    block_table: Optional[Tensor]  # [batch, columns] int32: the pages of k and v of each sequence
+    cache_batch_idx: Optional[Tensor]  # (batch,) int32: which k[i], v[i] are a sequence's
     attn_bias: Optional[Tensor]  # [batch | 1, nheads | 1, seqlen_q | 1, seqlen_k]; bytes: boolean
     alibi_slopes: Optional[Tensor]  # (nheads,) or (batch, nheads) float32
     s_aux: Optional[Tensor]  # (nheads,): each row's score without a value
@@ -39,6 +44,9 @@ class AttentionProblem(NamedTuple):
     top_left: bool  # the diagonal begins at key 0, not at seqlen_k - seqlen_q
     softcap: float  # 0: none
     dropout_p: float
+    num_splits: int  # parts of the keys that are computed apart; 0: as fills the device
+    batch_invariant: bool  # no bit of a sequence's result depends on the others
+    max_seqlen_q: int  # packed: the longest sequence, as the caller says; 0: unknown
 
     @classmethod
     def dense(cls, q, k, v, options=PLAIN, rng_state=None):
@@ -47,38 +55,131 @@ class AttentionProblem(NamedTuple):
         q_shape, k_shape = q.shape, k.shape
         if k_shape[0] != q_shape[0]:
             raise ValueError(f"k must have q's batch size {q_shape[0]}, got {k_shape[0]}")
-        lengths = (None,) * 5
+        lengths = (None,) * 7
         sizes = (q_shape[0], q_shape[2], q_shape[1], k_shape[1])
-        return cls(q, k, v, *lengths, *checked_fields(q, options, sizes, rng_state))
+        return cls(q, k, v, *lengths, *checked_fields(q, options, sizes, rng_state), 0)
 
     @classmethod
     def varlen(
         cls, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None,
         options=PLAIN, seqused_q=None, seqused_k=None, leftpad_k=None, rng_state=None,
+        block_table=None,
     ):  # fmt: skip
         """Sequences packed along the rows; cu_seqlens are read on the device, never here."""
-        _check_tensors(q, k, v, rank=3, layout="[total, nheads, head_dim]")
-        cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens_q, q.device)
-        cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k, q.device)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
-            raise ValueError(
-                "cu_seqlens_k must have cu_seqlens_q's length, batch + 1 = "
-                f"{cu_seqlens_q.shape[0]}, got {cu_seqlens_k.shape[0]}"
-            )
+        if block_table is None:
+            _check_tensors(q, k, v, rank=3, layout="[total, nheads, head_dim]")
+        else:
+            _check_cache(q, k, v, ("k", "v"), 3, "[total, nheads, head_dim]", MAX_HEAD_DIM)
+        device = q.device
+        cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens_q, device)
         batch = cu_seqlens_q.shape[0] - 1
+        if cu_seqlens_k is not None or block_table is None or seqused_k is None:
+            cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k, device)
+            if cu_seqlens_q.shape != cu_seqlens_k.shape:
+                raise ValueError(
+                    "cu_seqlens_k must have cu_seqlens_q's length, batch + 1 = "
+                    f"{batch + 1}, got {cu_seqlens_k.shape[0]}"
+                )
         per_sequence = [
-            None if lengths is None else _lengths(name, lengths, q.device, batch)
+            None if lengths is None else _lengths(name, lengths, device, batch)
             for name, lengths in (
                 ("seqused_q", seqused_q), ("seqused_k", seqused_k), ("leftpad_k", leftpad_k),
             )
         ]  # fmt: skip
-        sizes = (batch, q.shape[1], _known(max_seqlen_q), _known(max_seqlen_k))
+        if block_table is not None:
+            block_table = _block_table("block_table", block_table, device, batch)
+        sizes = (batch, q.shape[1], known(max_seqlen_q), known(max_seqlen_k))
         fields = checked_fields(q, options, sizes, rng_state)
-        return cls(q, k, v, cu_seqlens_q, cu_seqlens_k, *per_sequence, *fields)
+        cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
+        problem = cls(
+            q, k, v, *cu_seqlens, *per_sequence, block_table, None, *fields, sizes[2] or 0
+        )
+        if block_table is not None:
+            _check_no_grad(problem, "block_table")
+        return problem
+
+    @classmethod
+    def kvcache(
+        cls, q, k_cache, v_cache, options=PLAIN, cache_seqlens=None, cache_batch_idx=None,
+        cache_leftpad=None, block_table=None, cu_seqlens_q=None, max_seqlen_q=None,
+        table_name="block_table",
+    ):  # fmt: skip
+        """Queries, dense or packed, to a cache of which sequence b fills cache_seqlens[b] rows."""
+        rank, layout = (4, "[batch, seqlen, nheads, head_dim]")
+        if cu_seqlens_q is not None:
+            rank, layout = (3, "[total, nheads, head_dim]")
+        names = ("k_cache", "v_cache")
+        _check_cache(q, k_cache, v_cache, names, rank, layout, MAX_CACHE_HEAD_DIM)
+        device, entries = q.device, k_cache.shape[0]
+        if cu_seqlens_q is not None:
+            cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens_q, device)
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        if block_table is not None:
+            if cache_batch_idx is not None:
+                raise ValueError(
+                    f"cache_batch_idx and {table_name} both say where the cache is: give one"
+                )
+            block_table = _block_table(table_name, block_table, device, batch)
+        elif cache_batch_idx is not None:
+            cache_batch_idx = _lengths("cache_batch_idx", cache_batch_idx, device, batch)
+        elif entries < batch:
+            raise ValueError(
+                f"k_cache must have an entry per sequence, {batch}, got {entries}; or say which "
+                "are theirs with cache_batch_idx"
+            )
+        if cache_leftpad is not None:
+            cache_leftpad = _lengths("cache_leftpad", cache_leftpad, device, batch)
+        sizes = (batch, q.shape[-2], None, None)
+        fields = checked_fields(q, options, sizes, None)
+        lengths = (cu_seqlens_q, None, None, cache_seqlens, cache_leftpad)
+        where = (block_table, cache_batch_idx)
+        problem = cls(q, k_cache, v_cache, *lengths, *where, *fields, known(max_seqlen_q) or 0)
+        _check_no_grad(problem, "a KV cache")
+        return problem.with_cache_seqlens(cache_seqlens)
+
+    def with_cache_seqlens(self, cache_seqlens):
+        """The problem of which sequence b has cache_seqlens[b] keys, or as many each, or all."""
+        batch, device = self.batch(), self.q.device
+        if cache_seqlens is None:
+            if self.cu_seqlens_q is None:
+                return self
+            cache_seqlens = self.rows_k()
+        if isinstance(cache_seqlens, (numbers.Integral, torch.SymInt)):
+            if cache_seqlens < 0 or cache_seqlens > self.rows_k():
+                raise ValueError(
+                    f"cache_seqlens must be 0 to the cache's {self.rows_k()} rows, got "
+                    f"{cache_seqlens}"
+                )
+            cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
+        return self._replace(seqused_k=_lengths("cache_seqlens", cache_seqlens, device, batch))
+
+    def batch(self):
+        """How many sequences there are."""
+        cu_seqlens = self.cu_seqlens_q
+        return self.q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+    def rows_k(self):
+        """The rows that K's sequences are counted in: of one of them, packed of all."""
+        if self.block_table is not None:
+            return self.block_table.shape[1] * self.k.shape[1]
+        return self.k.shape[1] if self.k.dim() == 4 else self.k.shape[0]
+
+    def rows_per_kv_head(self):
+        """Queries times heads of a group of the longest sequence; None if that is unknown."""
+        longest = self.q.shape[1] if self.cu_seqlens_q is None else 1 << self.size_class() >> 1
+        return longest * (self.q.shape[-2] // self.k.shape[-2]) or None
+
+    def size_class(self):
+        """Packed: which power of two max_seqlen_q comes next to, from 1 on; 0: unknown."""
+        return (self.max_seqlen_q - 1).bit_length() + 1 if self.max_seqlen_q > 0 else 0
+
+    def invariant(self) -> bool:
+        """Whether a sequence's result must not depend on the batch, not in a bit."""
+        return self.batch_invariant or self.num_splits == 1
 
     def tensors(self):
         """The fields that are tensors or None."""
-        return self[:12]
+        return self[:14]
 
     def lengths(self):
         """cu_seqlens_q to leftpad_k."""
@@ -86,7 +187,11 @@ class AttentionProblem(NamedTuple):
 
     def differentiable(self):
         """attn_bias, alibi_slopes and s_aux: what besides q, k and v may want a gradient."""
-        return self[8:11]
+        return self[10:13]
+
+    def modifiers(self):
+        """The scalars from causal on."""
+        return self[15:]
 
     def weight(self) -> str:
         """How many registers the options take, for the choice of tiles: '', 'bias', 'dropout', or
@@ -110,6 +215,10 @@ class AttentionProblem(NamedTuple):
             or self.seqused_q is not None
             or self.seqused_k is not None
             or self.leftpad_k is not None
+            or self.block_table is not None
+            or self.cache_batch_idx is not None
+            or self.num_splits > 0
+            or self.batch_invariant
             or self.softcap > 0.0
             or self.dropout_p > 0.0
             or self.alibi_slopes is not None
@@ -144,9 +253,8 @@ class AttentionProblem(NamedTuple):
 
     def empty_probs(self, max_seqlen_q, max_seqlen_k) -> Tensor:
         """Uninitialised probabilities [batch, nheads, max_seqlen_q, max_seqlen_k]."""
-        cu = self.cu_seqlens_q
-        batch = self.q.shape[0] if cu is None else cu.shape[0] - 1
-        return self.q.new_empty((batch, self.q.shape[-2], max_seqlen_q, max_seqlen_k))
+        sizes = (self.batch(), self.q.shape[-2], max_seqlen_q, max_seqlen_k)
+        return self.q.new_empty(sizes)
 
     def empty_grads(self, pack=1):
         """Uninitialised -> ([dq, dk, dv], [dq, dkv] or [dqkv], (dq, dk, dv) as views of them)."""
@@ -192,42 +300,78 @@ class AttentionProblem(NamedTuple):
 def _check_tensors(q, k, v, rank, layout):
     """Types, dtypes, devices and shapes that do not depend on dense or packed."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dim() != rank:
+        _check_rank(name, tensor, rank, layout)
+    _check_kind(q, k, v, ("k", "v"))
+    _check_shapes(q.shape, k.shape, v.shape, ("k", "v"), MAX_HEAD_DIM)
+    if not torch.compiler.is_compiling():
+        _check_plain(q, k, v)
+
+
+def _check_cache(q, k, v, names, rank, layout, max_head_dim):
+    """The same, where K and V are a cache."""
+    _check_rank("q", q, rank, layout)
+    for name, tensor in zip(names, (k, v)):
+        _check_rank(name, tensor, 4, "[batch or pages, rows, nheads_k, head_dim]")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
-                f"{name} must be {rank}-dimensional {layout}, got shape {tuple(tensor.shape)}"
+                f"{name} must have its columns next to each other, got strides "
+                f"{tensor.stride()}; a copy of a cache on every call would cost too much"
             )
+    _check_kind(q, k, v, names)
+    _check_shapes(q.shape, k.shape, v.shape, names, max_head_dim)
+    if not torch.compiler.is_compiling():
+        _check_plain(q, k, v)
+
+
+def _check_no_grad(problem, what):
+    if problem.needs_grad():
+        raise NotImplementedError(
+            f"there is no gradient through {what}: call it under torch.no_grad(), or pass the keys "
+            "and values themselves to flash_attn_varlen_func"
+        )
+
+
+def _check_rank(name, tensor, rank, layout):
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != rank:
+        raise ValueError(
+            f"{name} must be {rank}-dimensional {layout}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_kind(q, k, v, names):
+    """dtype and device."""
     dtype, device = q.dtype, q.device
     if dtype not in DTYPES:
         if "float8" in str(dtype):
             raise NotImplementedError(f"q is {dtype}, not implemented yet; cast it to bfloat16")
         raise TypeError(f"q must be float16, bfloat16 or float32, got {dtype}")
     if k.dtype != dtype or v.dtype != dtype:
-        raise TypeError(f"q, k and v must have one dtype, got {dtype}, {k.dtype} and {v.dtype}")
+        raise TypeError(
+            f"q, {names[0]} and {names[1]} must have one dtype, got {dtype}, {k.dtype} and "
+            f"{v.dtype}"
+        )
     if k.device != device or v.device != device:
         raise ValueError(
-            f"q, k and v must be on one device, got {device}, {k.device} and {v.device}; "
-            "move them with .to()"
+            f"q, {names[0]} and {names[1]} must be on one device, got {device}, {k.device} and "
+            f"{v.device}; move them with .to()"
         )
     if device.type not in DEVICES:
         raise NotImplementedError(f"q must be on {', '.join(DEVICES)}, got {device}; use .cpu()")
-    _check_shapes(q.shape, k.shape, v.shape)
-    if not torch.compiler.is_compiling():
-        _check_plain(q, k, v)
 
 
-def _check_shapes(q_shape, k_shape, v_shape):
+def _check_shapes(q_shape, k_shape, v_shape, names, max_head_dim):
     if k_shape[:-1] != v_shape[:-1]:
         raise ValueError(
-            "k and v must agree in all but head_dim, got shapes "
+            f"{names[0]} and {names[1]} must agree in all but head_dim, got shapes "
             f"{tuple(k_shape)} and {tuple(v_shape)}"
         )
     if k_shape[-1] != q_shape[-1]:
-        raise ValueError(f"k must have q's head_dim {q_shape[-1]}, got {k_shape[-1]}")
-    for name, shape in (("q", q_shape), ("v", v_shape)):
-        if not 1 <= shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}'s head_dim must be 1 to {MAX_HEAD_DIM}, got {shape[-1]}")
+        raise ValueError(f"{names[0]} must have q's head_dim {q_shape[-1]}, got {k_shape[-1]}")
+    for name, shape, most in (("q", q_shape, max_head_dim), (names[1], v_shape, MAX_HEAD_DIM)):
+        if not 1 <= shape[-1] <= most:
+            raise ValueError(f"{name}'s head_dim must be 1 to {most}, got {shape[-1]}")
     nheads, nheads_k = q_shape[-2], k_shape[-2]
     if nheads_k < 1 or nheads < 1 or nheads % nheads_k:
         raise ValueError(
@@ -273,6 +417,23 @@ def _lengths(name, lengths, device, batch=None):
     return lengths.to(device, torch.int32, non_blocking=True).contiguous()
 
 
-def _known(max_seqlen):
+def _block_table(name, table, device, batch):
+    """[batch, columns] int32 with its columns next to each other, on `device`."""
+    if not isinstance(table, Tensor):
+        raise TypeError(f"{name} must be an int32 tensor, got {type(table).__name__}")
+    if table.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 (or int64), got {table.dtype}")
+    if table.dim() != 2 or table.shape[0] != batch:
+        raise ValueError(
+            f"{name} must have shape (batch, pages per sequence) with batch = {batch}, got "
+            f"{tuple(table.shape)}"
+        )
+    if table.device != device and table.device.type != "cpu":
+        raise ValueError(f"{name} must be on {device}, got {table.device}")
+    table = table.to(device, torch.int32, non_blocking=True)
+    return table if table.stride(1) == 1 else table.contiguous()
+
+
+def known(max_seqlen):
     """max_seqlen if it is a number that can be had without waiting for a device."""
     return max_seqlen if isinstance(max_seqlen, (int, torch.SymInt)) else None

@@ -23,7 +23,14 @@ from .common import (
     store_row,
     store_tile,
 )
-from .masks import diagonal_shift, keep_mask, kv_block_range, q_block_range
+from .masks import (
+    diagonal_shift,
+    keep_mask,
+    kv_block_range,
+    masked_steps,
+    q_block_range,
+    start_of_step,
+)
 from .scores import (
     distance,
     dropout_keep,
@@ -44,16 +51,9 @@ def accumulate_dq(
 ):  # fmt: skip
     """Add the keys [begin, gap_begin) and [gap_end, end) to acc [BLOCK_M, BLOCK_D]: dQ, less the
     softmax scale; and to dslope_row [BLOCK_M], each row's part of the ALiBi slope's gradient."""
-    gap = 0
-    if MASKED:
-        if SPEC.left:
-            gap = gap_end - gap_begin
-        else:  # nothing before the gap
-            begin = gap_end
-    for step in tl.range(begin, end - gap, BLOCK_N):
-        start_n = step
-        if MASKED and SPEC.left:
-            start_n = tl.where(step < gap_begin, step, step + gap)
+    first, last, gap = masked_steps(begin, gap_begin, gap_end, end, MASKED, SPEC)
+    for step in tl.range(first, last, BLOCK_N):
+        start_n = start_of_step(step, gap_begin, gap, MASKED, SPEC)
         k_tile = load_tile(k, start_n, seqlen_k, BLOCK_N, BLOCK_D, MASKED, SPEC.head_dim)
         v_tile = load_tile(v, start_n, seqlen_k, BLOCK_N, BLOCK_D, MASKED, SPEC.head_dim_v)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -124,7 +124,7 @@ def dq_kernel(
     shift = diagonal_shift(seqlen_q, seqlen_k, SPEC)
     head_mods = mods_at_head(mods, seq, head, seq < batch, shift, SPEC)
     begin, full_begin, full_end, end = kv_block_range(
-        start_m, shift, seqlen_k, mods, SPEC, BLOCK_M, BLOCK_N
+        start_m, BLOCK_M, shift, seqlen_k, mods, SPEC, BLOCK_N
     )
     lse_log2 = lse_row * LOG2E
     # Masked run first, as in forward.py.

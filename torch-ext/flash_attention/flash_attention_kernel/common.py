@@ -9,6 +9,10 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)  # log2(e): natural logits -> log2 units
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)  # log(2): log2 units -> natural
 
+TAIL_D: tl.constexpr = tl.constexpr(
+    64
+)  # decoding: columns of q and k past BLOCK_D, latent attention
+
 # Arguments that change from call to call: a kernel compiled for one value serves all. Not rows_q:
 # where 16 divides it, lse and delta load in pairs, without which dkdv_kernel spills.
 UNSPECIALIZED = (
@@ -36,6 +40,8 @@ class Spec:
     precise: bool  # float32 inputs
     fast_tanh: bool  # softcap by an NVIDIA GPU's approximate tanh
     defer_scale: bool  # forward: scale inside the exponent, which needs a scale > 0
+    page_size: int = 0  # rows of K and V in a page of the cache; 0: not paged
+    page_shift: bool = False  # paged: a sequence's first key may lie inside a page
 
 
 class Operand(NamedTuple):

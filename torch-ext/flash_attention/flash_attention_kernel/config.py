@@ -9,8 +9,10 @@ from typing import Dict
 import torch
 
 MIN_BLOCK_D = 16  # the smallest extent a matrix instruction takes
+MAX_BLOCK_D = 512  # decode_kernel takes what a head_dim has beyond it apart
 TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the next row up
-KERNELS = ("forward", "dq", "dkdv", "tiles")  # tiles: those of score_tiles.py
+KERNELS = ("forward", "dq", "dkdv", "tiles", "decode")  # tiles: those of score_tiles.py
+DECODE_ROWS = (16, 32, 64)  # decode_kernel's BLOCK_M: the fewest that hold a sequence's rows
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def block_dim(head_dim: int) -> int:
 
 def row_key(kernel: str, itemsize: int, head_dim: int, kind: str) -> str:
     """The key of a table row, e.g. 'forward/2/128/causal': kernel, bytes per element, head_dim, and
-    'full' or 'causal', or what of AttentionProblem.weight() needs tiles of its own."""
-    width = next(dim for dim in TABLE_HEAD_DIMS if head_dim <= dim)
+    'full' or 'causal', or what of AttentionProblem.weight() needs tiles of its own; for decode one
+    of DECODE_ROWS."""
+    width = next(dim for dim in TABLE_HEAD_DIMS if head_dim <= dim or dim == MAX_BLOCK_D)
     if kernel == "tiles":  # visits every tile with every option
         return f"{kernel}/{itemsize}/{width}"
     return f"{kernel}/{itemsize}/{width}/{kind}"
@@ -92,9 +95,18 @@ def all_keys(kinds=("full", "causal", "mods")):
         for kernel in KERNELS
         for itemsize in (2, 4)
         for head_dim in TABLE_HEAD_DIMS
-        for kind in kinds
+        for kind in (DECODE_ROWS if kernel == "decode" else kinds)
     ]
     return list(dict.fromkeys(keys))
+
+
+def _rows(arch: str, dtype: torch.dtype):
+    """The rows of an architecture's table, if it has the dtype at all."""
+    if dtype == torch.bfloat16 and arch in ("sm_70", "sm_72", "sm_75"):
+        raise TypeError(
+            f"q is bfloat16, which needs sm_80 or newer; this GPU is {arch}: use float16"
+        )
+    return table_for(arch).rows
 
 
 @functools.lru_cache(maxsize=None)
@@ -108,12 +120,15 @@ def choose(
     weight: str = "",
 ) -> TileConfig:
     """The config of one of KERNELS on an architecture. weight: AttentionProblem.weight()"""
-    if dtype == torch.bfloat16 and arch in ("sm_70", "sm_72", "sm_75"):
-        raise TypeError(
-            f"q is bfloat16, which needs sm_80 or newer; this GPU is {arch}: use float16"
-        )
-    rows = table_for(arch).rows
+    rows = _rows(arch, dtype)
     size = (kernel, dtype.itemsize, max(head_dim, head_dim_v))
     if weight:
         return rows.get(row_key(*size, weight)) or rows[row_key(*size, "mods")]
     return rows[row_key(*size, "causal" if masked else "full")]
+
+
+@functools.lru_cache(maxsize=None)
+def choose_decode(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int):
+    """decode_kernel's config for sequences of `rows` rows of queries and heads of a group."""
+    block_m = next((n for n in DECODE_ROWS if rows <= n), DECODE_ROWS[-1])
+    return _rows(arch, dtype)[row_key("decode", dtype.itemsize, max(head_dim, head_dim_v), block_m)]

@@ -39,10 +39,8 @@ def keep_mask(q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr):
 
 
 @triton.jit
-def kv_block_range(
-    start_m, shift, seqlen_k, mods, SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """-> (begin, full_begin, full_end, end): the query rows from start_m see all keys in
+def kv_block_range(start_m, rows, shift, seqlen_k, mods, SPEC: tl.constexpr, BLOCK_N: tl.constexpr):
+    """-> (begin, full_begin, full_end, end): the `rows` query rows from start_m see all keys in
     [full_begin, full_end) and none outside [begin, end); those between need keep_mask.
 
     All but `end` are multiples of BLOCK_N.
@@ -53,16 +51,38 @@ def kv_block_range(
     end = seqlen_k
     if SPEC.causal or SPEC.right:
         last = start_m + shift + right_reach(mods, SPEC)  # that the first row sees
-        end = tl.maximum(tl.minimum(end, last + BLOCK_M), 0)
+        end = tl.maximum(tl.minimum(end, last + rows), 0)
         full_end = tl.maximum(tl.minimum(full_end, last + 1), 0)
     full_end = full_end // BLOCK_N * BLOCK_N
     if SPEC.left:
         first = tl.maximum(start_m + shift - mods.window_left, 0)  # that the first row sees
-        last_first = tl.maximum(start_m + BLOCK_M - 1 + shift - mods.window_left, 0)
+        last_first = tl.maximum(start_m + rows - 1 + shift - mods.window_left, 0)
         begin = first // BLOCK_N * BLOCK_N
         full_end = tl.maximum(full_end, begin)
         full_begin = tl.minimum(tl.cdiv(last_first, BLOCK_N) * BLOCK_N, full_end)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def masked_steps(begin, gap_begin, gap_end, end, MASKED: tl.constexpr, SPEC: tl.constexpr):
+    """-> (first, last, gap): the steps of a loop over [begin, gap_begin) and [gap_end, end), if
+    MASKED; else over [begin, end). `start_of_step` finds a step's keys."""
+    gap = 0
+    if MASKED:
+        if SPEC.left:
+            gap = gap_end - gap_begin
+        else:  # nothing before the gap
+            begin = gap_end
+    return begin, end - gap, gap
+
+
+@triton.jit
+def start_of_step(step, gap_begin, gap, MASKED: tl.constexpr, SPEC: tl.constexpr):
+    """The first key of a step of `masked_steps`."""
+    if MASKED and SPEC.left:
+        return tl.where(step < gap_begin, step, step + gap)
+    else:
+        return step
 
 
 @triton.jit

@@ -9,15 +9,16 @@ from .common import LN2, LOG2E
 @triton.jit
 def initial_state(mods, head, has_keys, scale, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """-> (acc, l_i, m_i) before the first key: nothing, or the head's sink (gpt-oss), which is a
-    score without a value. The tail of a packed tensor, which has no keys at all, has no sink."""
+    score without a value. The tail of a packed tensor, which has no keys at all, has no sink.
+    head: of all rows, or each row's [BLOCK_M]."""
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     if mods.sink_ptr is not None:
         sink_log2 = tl.load(mods.sink_ptr + head).to(tl.float32) * LOG2E
-        if has_keys and sink_log2 != float("-inf"):
-            l_i += 1.0
-            m_i = tl.zeros([BLOCK_M], dtype=tl.float32) + sink_log2 / scale
+        there = has_keys & (sink_log2 != float("-inf"))
+        l_i += tl.where(there, 1.0, 0.0)
+        m_i = tl.where(there, sink_log2 / scale, m_i)
     return acc, l_i, m_i
 
 
@@ -45,3 +46,42 @@ def finalize(acc, l_i, m_i, scale):
     out = acc / tl.where(empty, 1.0, l_i)[:, None]
     lse = (m_i * scale + tl.log2(l_i)) * LN2
     return out, tl.where(empty, float("inf"), lse)
+
+
+@triton.jit
+def merge_splits(
+    out_ptr, out_split, lse_ptr, lse_split, num_splits,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One row's partial results, merged: out = sum_s exp(lse_s - lse) out_s, lse = log sum_s
+    exp(lse_s); a split without keys has lse +inf or -inf, and its out is not read.
+
+    -> (out [BLOCK_D], lse, -inf if no split has keys). The sum runs in blocks of BLOCK_S, in order:
+    splits without keys after the last do not change a bit of it.
+    """
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, BLOCK_D)
+    top = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    for start in tl.range(0, num_splits, BLOCK_S):
+        top = tl.maximum(top, load_lse(lse_ptr, lse_split, start + offs_s, num_splits))
+    top = tl.max(top, 0)
+    top_log2 = tl.where(top == float("-inf"), 0.0, top) * LOG2E
+    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    total = 0.0
+    for start in tl.range(0, num_splits, BLOCK_S):
+        split = start + offs_s
+        weight = tl.exp2(load_lse(lse_ptr, lse_split, split, num_splits) * LOG2E - top_log2)
+        ptrs = out_ptr + split.to(tl.int64)[:, None] * out_split + offs_d[None, :]
+        part = tl.load(ptrs, mask=(weight > 0.0)[:, None] & (offs_d < DIM)[None, :], other=0.0)
+        acc += tl.sum(weight[:, None] * part.to(tl.float32), 0)
+        total += tl.sum(weight, 0)
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    return out, tl.where(total == 0.0, float("-inf"), top + tl.log2(total) * LN2)
+
+
+@triton.jit
+def load_lse(ptr, stride, split, num_splits):
+    """[BLOCK_S] lse of the splits, -inf for those without keys and past the last."""
+    lse = tl.load(ptr + split.to(tl.int64) * stride, mask=split < num_splits, other=float("-inf"))
+    lse = lse.to(tl.float32)
+    return tl.where(lse == float("inf"), float("-inf"), lse)

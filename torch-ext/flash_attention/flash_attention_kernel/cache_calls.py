@@ -1,0 +1,171 @@
+"""Calls over a cache: split-KV decoding, the merge of its parts, and the append of new keys."""
+
+import functools
+from typing import NamedTuple, Optional
+
+import torch
+
+from .append_kv import append_kernel
+from .calls import Launch, cache_spec, counts_of, mods_of, operand, options_of, paging_of, spec_of
+from .combine import Partial, combine_kernel
+from .common import Operand
+from .config import DECODE_ROWS, MAX_BLOCK_D, TileConfig, architecture, block_dim, choose_decode
+from .decode import decode_kernel
+from .pages import Paging
+from .seqlen import Lengths, num_tiles
+
+PROGRAMS_PER_CORE = 2  # that a multiprocessor runs at once
+FIXED_SPLIT = 2048  # keys per split where the batch must not matter
+COMBINE_TILE = 8192  # partial results that combine_kernel reads at once: 64 a thread
+
+
+class Splits(NamedTuple):
+    """How a sequence's keys are divided: into `num` even shares, or by `keys` each."""
+
+    num: int
+    keys: int = 0
+
+
+@functools.lru_cache(maxsize=None)
+def _programs_at_once(device) -> int:
+    """How many programs of decode_kernel fill the device."""
+    if device.type != "cuda":  # the interpreter, and XPU, whose properties have other names
+        return 64
+    return PROGRAMS_PER_CORE * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decodes(problem) -> bool:
+    """Whether decode_kernel computes this problem: it can, and there are few queries, or splitting
+    the keys is asked for or fills the device."""
+    p = problem
+    if p.dropout_p > 0.0 or p.attn_bias is not None:
+        return False
+    packed = p.cu_seqlens_q is not None
+    if p.q.shape[-1] > MAX_BLOCK_D or p.num_splits > 1 or p.invariant() and packed:
+        return True
+    rows = p.rows_per_kv_head()
+    if rows is None:
+        return False
+    batch, nheads = counts_of(p)[2], p.q.shape[-2]
+    programs = batch * nheads * -(-rows * p.k.shape[-2] // (nheads * 128))  # of forward_kernel
+    scarce = programs * 4 <= _programs_at_once(p.q.device) and p.rows_k() >= 1024
+    return rows <= DECODE_ROWS[-1] or (scarce and not p.invariant())
+
+
+def decode_tile(problem) -> TileConfig:
+    """The table's config. Where the batch must not matter, nor must the longest sequence."""
+    p = problem
+    rows = p.rows_per_kv_head()
+    if rows is None or p.invariant() and p.cu_seqlens_q is not None:
+        rows = DECODE_ROWS[-1]
+    dims = (p.q.shape[-1], p.v.shape[-1])
+    return choose_decode(architecture(p.q.device), p.q.dtype, *dims, rows)
+
+
+def splits_for(problem, tile: TileConfig) -> Splits:
+    """By lengths that the host knows: those of the cache, not of the sequences."""
+    p = problem
+    rows_k = p.rows_k()
+    blocks = max(-(-rows_k // tile.block_n), 1)
+    if p.num_splits:
+        return Splits(min(p.num_splits, blocks))
+    if p.batch_invariant:
+        return Splits(max(-(-rows_k // FIXED_SPLIT), 1), FIXED_SPLIT)
+    rows = p.rows_per_kv_head() or tile.block_m
+    tiles = counts_of(p)[2] * p.k.shape[-2] * -(-rows // tile.block_m)
+    return Splits(max(min(_programs_at_once(p.q.device) // max(tiles, 1), blocks // 2, 128), 1))
+
+
+def decode_launch(problem, out, lse, splits: Splits, tile: Optional[TileConfig] = None) -> Launch:
+    """The call that fills `out` and `lse`, which have a leading dimension of the splits if there
+    is more than one."""
+    tile = tile or decode_tile(problem)
+    nheads_k = problem.k.shape[-2]
+    group = problem.q.shape[-2] // nheads_k
+    rows_q, rows_k, batch = counts_of(problem)
+    tiles = num_tiles(Lengths(problem.cu_seqlens_q, None, None, rows_q, batch), tile.block_m, group)
+    partial = splits.num > 1
+    out_split, strides = (out.stride(0), out.stride()[1:]) if partial else (0, out.stride())
+    operands = (*map(operand, problem[:3]), Operand(out, *(0,) * (4 - len(strides)), *strides))
+    counts = (rows_q, rows_k, batch, tiles, group, splits.num, splits.keys, out_split)
+    return Launch(
+        decode_kernel, tiles * nheads_k * splits.num, operands, (lse,), problem.lengths(), counts,
+        (paging_of(problem), mods_of(problem)),
+        options_of(tile, spec_of(problem, True), PARTIAL=partial),
+    )  # fmt: skip
+
+
+def _partial(tensor, dims, packed, split) -> Partial:
+    """A tensor as a kernel argument: [splits, batch, seqlen, heads, ...], where `split` says
+    whether it has the first dimension and `packed` that it has not the second."""
+    strides = list(tensor.stride()[:dims])
+    if packed:
+        strides.insert(len(strides) - 2, 0)
+    return Partial(tensor, *(strides if split else (0, *strides)))
+
+
+def combine_launch(out_partial, lse_partial, out, lse, no_keys=float("inf")) -> Launch:
+    """The call that merges out_partial [splits, (batch,) seqlen, heads, d], whose last stride is 1,
+    by lse_partial [splits, (batch,) seqlen, heads] into out and lse without the first dimension.
+    no_keys: the lse of a row without keys."""
+    *batch, rows, nheads = lse.shape
+    head_dim = out.shape[-1]
+    block_d = block_dim(head_dim)
+    options = {
+        "DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_S": min(COMBINE_TILE // block_d, 128),
+        "NO_KEYS": no_keys,
+    }
+    packed, dims = not batch, lse.dim()
+    operands = (
+        _partial(out_partial, dims + 1, packed, True),
+        _partial(lse_partial, dims + 1, packed, True),
+        _partial(out, dims, packed, False),
+        _partial(lse, dims, packed, False),
+    )
+    counts = (rows, nheads, out_partial.shape[0])
+    return Launch(combine_kernel, lse.numel(), operands, (), (), counts, (), options)
+
+
+def append_launch(
+    q, q_out, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, block_table, batch_idx,
+    seqused, interleaved, turn_each,
+) -> Launch:  # fmt: skip
+    """The call that writes k and v into the caches, `seqused` and, with cos and sin, q_out."""
+    rotary_dim = 0 if cos is None else 2 * cos.shape[-1]
+    if cu_seqlens is None:
+        batch, rows, rows_q = q.shape[0], k.shape[1], q.shape[1]
+    else:
+        batch, rows, rows_q = cu_seqlens.shape[0] - 1, k.shape[0], q.shape[0]
+    block_d = block_dim(max(q.shape[-1], v.shape[-1]))
+    longest = max(rows, rows_q)
+    block_m = max(min(4096 // block_d, 1 << (longest - 1).bit_length()), 1)
+    tiles, tiles_q = (
+        num_tiles(Lengths(cu_seqlens, None, None, n, batch), block_m) for n in (rows, rows_q)
+    )
+    tiles_q = tiles_q if rotary_dim else 0
+    nheads, nheads_k = q.shape[-2], k.shape[-2]
+    page_size = k_cache.shape[1] if block_table is not None else 0
+    pages = block_table.shape[1] if block_table is not None else 1
+    spec = cache_spec(q.shape[-1], v.shape[-1], page_size)
+    options = {
+        "SPEC": spec,
+        "ROTARY_DIM": rotary_dim,
+        "INTERLEAVED": interleaved,
+        "TURN_EACH": turn_each,
+        "BLOCK_M": block_m,
+        "BLOCK_D": block_d,
+        "BLOCK_R": max(block_dim(max(rotary_dim, 1)), 2),
+    }
+    columns = 0 if block_table is None else block_table.stride(0)
+    paging = Paging(block_table, columns, batch_idx, k_cache.shape[0])
+    counts = (
+        rows, rows_q, batch, pages * k_cache.shape[1], 0 if cos is None else cos.shape[0],
+        tiles, tiles_q, nheads_k,
+    )  # fmt: skip
+    operands = tuple(None if t is None else operand(t) for t in (q, q_out, k, v, k_cache, v_cache))
+    return Launch(
+        append_kernel, 2 * nheads_k * tiles + nheads * tiles_q, operands, (cos, sin),
+        (cu_seqlens, cache_seqlens, seqused), counts, (paging,), options,
+    )  # fmt: skip
