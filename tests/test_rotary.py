@@ -88,7 +88,7 @@ def test_interpreted_kernel(module, packed, interleaved):
     cu_seqlens = cumulative((30, 0, 40), "cpu") if packed else None
     offsets = torch.tensor([3, 0, 9][: 3 if packed else 2], dtype=torch.int32)
     options = (*tables(45, 10, "cpu"), cu_seqlens, offsets, 1, interleaved, True)
-    want = module("cpu").rotary(x, x.clone(), *options)
+    want = module("cpu_cache").rotary(x, x.clone(), *options)
     got = module("flash_attention_kernel.launch").rotary(x, x.clone(), *options)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 

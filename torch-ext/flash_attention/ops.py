@@ -83,8 +83,10 @@ def _rotary_triton_(x, *options):
     _launch().rotary(x, x, *options)
 
 
-def fwd_eager(problem):
+def fwd_eager(problem, memo=None):
     """`fwd` without the dispatcher, which takes 11 us of host time a call (on an H200's host).
+
+    memo: None, or a dict for all calls that are alike in everything but their data.
 
     Only where nothing but the device's implementation would have run: plain tensors on a GPU, no
     gradient wanted, and nobody tracing, compiling, vmapping, profiling or otherwise looking on.
@@ -98,7 +100,7 @@ def fwd_eager(problem):
         and torch._C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
     ):
-        return _launch().forward(problem)
+        return _launch().forward(problem, None, None, memo)
     return fwd(*problem)
 
 

@@ -237,8 +237,11 @@ class AttentionProblem(NamedTuple):
         )
 
     def empty_out(self) -> Tensor:
-        """Uninitialised out: q's shape with head_dim_v columns, q's order of dimensions."""
+        """Uninitialised out: q's shape with head_dim_v columns; in memory q's order of dimensions,
+        but for the columns, which lie next to each other."""
         q, head_dim_v = self.q, self.v.shape[-1]
+        if q.stride(-1) > 1:
+            return q.new_empty((*q.shape[:-1], head_dim_v))
         if head_dim_v == q.shape[-1]:
             return torch.empty_like(q)
         if q.dim() == 4 and q.stride(2) > q.stride(1):  # heads first in memory

@@ -6,7 +6,17 @@ from typing import NamedTuple, Optional
 import torch
 
 from .append_kv import append_kernel
-from .calls import Launch, cache_spec, counts_of, mods_of, operand, options_of, paging_of, spec_of
+from .calls import (
+    Launch,
+    cache_spec,
+    counts_of,
+    has_pdl,
+    mods_of,
+    operand,
+    options_of,
+    paging_of,
+    spec_of,
+)
 from .combine import Partial, combine_kernel
 from .common import Operand
 from .config import DECODE_ROWS, MAX_BLOCK_D, TileConfig, architecture, block_dim, choose_decode
@@ -14,7 +24,7 @@ from .decode import decode_kernel
 from .pages import Paging
 from .seqlen import Lengths, num_tiles
 
-PROGRAMS_PER_CORE = 2  # that a multiprocessor runs at once
+PROGRAMS_PER_CORE = 1  # twice as many read K and V no sooner, and leave more to merge
 FIXED_SPLIT = 2048  # keys per split where the batch must not matter
 COMBINE_TILE = 8192  # partial results that combine_kernel reads at once: 64 a thread
 
@@ -84,14 +94,14 @@ def decode_launch(problem, out, lse, splits: Splits, tile: Optional[TileConfig] 
     group = problem.q.shape[-2] // nheads_k
     rows_q, rows_k, batch = counts_of(problem)
     tiles = num_tiles(Lengths(problem.cu_seqlens_q, None, None, rows_q, batch), tile.block_m, group)
-    partial = splits.num > 1
+    spec, partial = spec_of(problem, True, tile.block_n), splits.num > 1
     out_split, strides = (out.stride(0), out.stride()[1:]) if partial else (0, out.stride())
     operands = (*map(operand, problem[:3]), Operand(out, *(0,) * (4 - len(strides)), *strides))
     counts = (rows_q, rows_k, batch, tiles, group, splits.num, splits.keys, out_split)
     return Launch(
         decode_kernel, tiles * nheads_k * splits.num, operands, (lse,), problem.lengths(), counts,
         (paging_of(problem), mods_of(problem)),
-        options_of(tile, spec_of(problem, True), PARTIAL=partial),
+        options_of(tile, spec, PARTIAL=partial, PDL=has_pdl(out.device)),
     )  # fmt: skip
 
 
@@ -102,6 +112,11 @@ def _partial(tensor, dims, packed, split) -> Partial:
     if packed:
         strides.insert(len(strides) - 2, 0)
     return Partial(tensor, *(strides if split else (0, *strides)))
+
+
+def merge_launch(out_partial, lse_partial, out, lse) -> Launch:
+    """The call that merges what decode_launch left: lse [(splits, batch,) heads, seqlen]."""
+    return combine_launch(out_partial, lse_partial.mT, out, lse.mT)
 
 
 def combine_launch(out_partial, lse_partial, out, lse, no_keys=float("inf")) -> Launch:
@@ -116,7 +131,11 @@ def combine_launch(out_partial, lse_partial, out, lse, no_keys=float("inf")) -> 
         "BLOCK_D": block_d,
         "BLOCK_S": min(COMBINE_TILE // block_d, 128),
         "NO_KEYS": no_keys,
+        "PDL": has_pdl(out.device),
+        "launch_pdl": has_pdl(out.device),
     }
+    if not options["PDL"]:  # other backends do not know it
+        del options["launch_pdl"]
     packed, dims = not batch, lse.dim()
     operands = (
         _partial(out_partial, dims + 1, packed, True),

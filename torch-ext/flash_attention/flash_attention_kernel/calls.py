@@ -64,11 +64,17 @@ def _has_ptx(device) -> bool:
     return target is not None and target.backend == "cuda"
 
 
-def spec_of(problem, defer_scale=False) -> Spec:
+def has_pdl(device) -> bool:
+    """Whether a kernel may be launched under the end of the one before: NVIDIA, sm_90 on."""
+    return _has_ptx(device) and triton.runtime.driver.active.get_current_target().arch >= 90
+
+
+def spec_of(problem, defer_scale=False, block_n=1) -> Spec:
     """What the kernels are compiled for. defer_scale: products may be compared before they are
     scaled, which only a positive scale, and nothing added to the scores, allows."""
     p = problem
     bare = p.alibi_slopes is None and p.attn_bias is None
+    page_size = p.k.shape[1] if p.block_table is not None else 0
     return Spec(
         head_dim=p.q.shape[-1],
         head_dim_v=p.v.shape[-1],
@@ -81,8 +87,8 @@ def spec_of(problem, defer_scale=False) -> Spec:
         precise=p.q.dtype == torch.float32,
         fast_tanh=p.softcap > 0.0 and p.q.dtype == torch.bfloat16 and _has_ptx(p.q.device),
         defer_scale=defer_scale and bare and (p.softcap > 0.0 or p.softmax_scale > 0),
-        page_size=p.k.shape[1] if p.block_table is not None else 0,
-        page_shift=p.block_table is not None and p.leftpad_k is not None,
+        page_size=page_size,
+        gathers=page_size > 0 and (page_size % block_n > 0 or p.leftpad_k is not None),
     )
 
 
@@ -136,13 +142,11 @@ def mods_of(problem) -> Mods:
     return mods
 
 
-def paging_of(problem) -> Optional[Paging]:
+def paging_of(problem) -> Paging:
     """Where in a cache the sequences are."""
-    table, batch_idx = problem.block_table, problem.cache_batch_idx
-    if table is None and batch_idx is None:
-        return None
+    table = problem.block_table
     columns = 0 if table is None else table.stride(0)
-    return Paging(table, columns, batch_idx, problem.k.shape[0])
+    return Paging(table, columns, problem.cache_batch_idx, problem.k.shape[0])
 
 
 def operand(tensor) -> Operand:
@@ -186,7 +190,7 @@ def _launch(kernel, problem, tile, operands, pointers, over_keys=False) -> Launc
     others, defer_scale = (mods_of(problem),), False
     if kernel is forward_kernel:
         others, defer_scale = (paging_of(problem), *others), True
-    options = options_of(tile, spec_of(problem, defer_scale))
+    options = options_of(tile, spec_of(problem, defer_scale, tile.block_n))
     operands = tuple(map(operand, operands))
     return Launch(
         kernel, tiles * heads, operands, pointers, problem.lengths(), counts, others, options

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .softmax import merge_splits
 
@@ -30,9 +31,13 @@ def row_of(operand, batch, row, head):
 def combine_kernel(
     out_partial, lse_partial, out, lse, rows, nheads, num_splits,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, NO_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * rows * nheads,), a row each. All operands are Partials, out and lse of one
-    split. BLOCK_S splits are read at once; NO_KEYS: the lse of a row without keys."""
+    split. BLOCK_S splits are read at once; NO_KEYS: the lse of a row without keys; PDL: launched
+    before the parts are there."""
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0) // nheads
     head = tl.program_id(0) % nheads
     batch = row // rows

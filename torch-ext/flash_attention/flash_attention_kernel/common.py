@@ -41,7 +41,7 @@ class Spec:
     fast_tanh: bool  # softcap by an NVIDIA GPU's approximate tanh
     defer_scale: bool  # forward: scale inside the exponent, which needs a scale > 0
     page_size: int = 0  # rows of K and V in a page of the cache; 0: not paged
-    page_shift: bool = False  # paged: a sequence's first key may lie inside a page
+    gathers: bool = False  # paged: a tile's rows may lie in several pages
 
 
 class Operand(NamedTuple):

@@ -7,6 +7,7 @@ and a sequence's keys may be split among programs, whose partial results combine
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .attend import attend
 from .common import TAIL_D, UNSPECIALIZED, row_operand
@@ -52,14 +53,17 @@ def decode_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
     rows_q, rows_k, batch, num_tiles, group_size, num_splits, split_keys, out_split, paging, mods,
     SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTIAL: tl.constexpr,
+    PARTIAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads_k * num_splits,). Row r of a sequence's tiles is query
     r // group_size of query head r % group_size of the KV head's group.
 
     q, k, v, out are Operands, lse a pointer. PARTIAL: out and lse have a leading dimension of
-    num_splits, of stride out_split for out, and a row without keys has lse -inf, not +inf.
+    num_splits, of stride out_split for out, and a row without keys has lse -inf, not +inf. PDL:
+    combine_kernel may be launched once every program has begun; it waits for the end.
     """
+    if PARTIAL and PDL:
+        gdc_launch_dependents()
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     nheads_k = tl.num_programs(0) // num_tiles // num_splits

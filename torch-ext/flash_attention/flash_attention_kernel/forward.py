@@ -28,8 +28,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Grid: (num_tiles * nheads,), the tiles of one head next to each other to share K and V.
 
-    q, k, v, out are Operands, lse a pointer; group_size = nheads // nheads_k; paging is a Paging
-    or None.
+    q, k, v, out are Operands, lse a pointer; group_size = nheads // nheads_k; paging is a Paging.
     """
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)

@@ -29,8 +29,7 @@ class Plan(NamedTuple):
     constexprs: tuple
 
 
-_plans = {}
-_splits = {}  # of problems whose queries are few; None: forward_kernel's
+_memos = {}  # signature -> memo: what is known of the calls that have it
 
 
 def _layout(tensor):
@@ -61,11 +60,21 @@ def _profiled() -> bool:
     return bool(getattr(hook, "calls", hook))  # a chain of hooks, or None
 
 
-def _call(key, device, operands, pointers, lengths, others, build):
-    """Launch by the plan that is known for `key`, or else by what `build` returns."""
-    plan = _plans.get(key)
+def _memo(key) -> dict:
+    """The memo of a signature, empty at first: plans by name, and whether and how to split."""
+    memo = _memos.get(key)
+    if memo is None:
+        if len(_memos) >= MAX_PLANS:
+            _memos.clear()
+        memo = _memos[key] = {}
+    return memo
+
+
+def _call(memo, name, device, operands, pointers, lengths, others, build):
+    """Launch by the plan that `memo` has under `name`, or else by what `build` returns."""
+    plan = memo.get(name)
     if plan is None or _profiled():
-        return _first_call(key, build())
+        return _first_call(memo, name, build())
     compiled = plan.compiled
     if compiled is not None:
         stream = triton.runtime.driver.active.get_current_stream(device.index)
@@ -78,16 +87,14 @@ def _call(key, device, operands, pointers, lengths, others, build):
         )  # fmt: skip
 
 
-def _first_call(key, launch: Launch):
+def _first_call(memo, name, launch: Launch):
     """Make a call the long way and remember its plan."""
     compiled = None
     if launch.programs > 0:
         compiled = launch.kernel[launch.grid](*launch.args, **launch.options)
         if compiled is None:  # the interpreter: there is nothing to remember
             return
-    if len(_plans) >= MAX_PLANS:
-        _plans.clear()
-    _plans[key] = Plan(
+    memo[name] = Plan(
         compiled,
         launch.programs,
         tuple(operand[1:] for operand in launch.operands),
@@ -139,58 +146,69 @@ def _readable(problem):
 
 
 @_on_device
-def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits] = None):
-    """-> (out, lse); by decode_kernel if `splits` are given, or else as cache_calls.decodes says"""
+def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits] = None, memo=None):
+    """-> (out, lse); by decode_kernel if `splits` are given, or else as cache_calls.decodes says.
+
+    memo: a dict for this call and those like it in everything but their data, or None.
+    """
+    given = memo is not None
     out, lse = problem.empty_out(), problem.empty_lse()
     if problem.seqused_q is not None:  # rows that no program writes
         out.zero_()
         lse.fill_(float("inf"))
     problem = _readable(problem)
-    key = (tile, splits, *_signature(problem))
-    if splits is None:
-        splits = _splits_of(key, problem, tile)
+    if not given:
+        memo = _memo((tile, splits, *_signature(problem)))
+    splits = splits or _splits_of(memo, problem, tile)
+    others = (tuple(calls.paging_of(problem)), _mods(problem, memo if given else {}))
     if splits is not None:
-        _decode(key, problem, out, lse, splits, tile)
+        _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
-    others = (calls.paging_of(problem), tuple(calls.mods_of(problem)))
     _call(
-        key, problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
+        memo, "forward", problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
         lambda: calls.forward_launch(problem, out, lse, tile),
     )  # fmt: skip
     return out, lse
 
 
-def _splits_of(key, problem, tile):
+def _splits_of(memo, problem, tile):
     """Over how many programs decode_kernel divides a sequence's keys; None: it is not for it."""
-    if key not in _splits:
-        splits = None
+    if "splits" not in memo:
+        memo["splits"] = None
         if cache_calls.decodes(problem):
-            splits = cache_calls.splits_for(problem, tile or cache_calls.decode_tile(problem))
-        if len(_splits) >= MAX_PLANS:
-            _splits.clear()
-        _splits[key] = splits
-    return _splits[key]
+            tile = tile or cache_calls.decode_tile(problem)
+            memo["splits"] = cache_calls.splits_for(problem, tile)
+    return memo["splits"]
 
 
-def _decode(key, problem, out, lse, splits: Splits, tile):
+def _mods(problem, memo):
+    """The kernels' mods; kept in `memo` where they are numbers alone."""
+    mods = memo.get("mods")
+    if mods is None:
+        mods = tuple(calls.mods_of(problem))
+        if problem.alibi_slopes is problem.s_aux is problem.attn_bias is problem.rng_state is None:
+            memo["mods"] = mods
+    return mods
+
+
+def _decode(memo, problem, out, lse, others, splits: Splits, tile):
     """decode_kernel, and the merge of its parts if there are any."""
-    to_out, to_lse = out, lse
+    to_out, to_lse, device = out, lse, problem.q.device
     if splits.num > 1:
-        shape = (splits.num, *out.shape)
-        to_out = torch.empty(shape, dtype=torch.float32, device=out.device)
-        to_lse = torch.empty((splits.num, *lse.shape), dtype=torch.float32, device=out.device)
+        new = {"dtype": torch.float32, "device": device}
+        to_out = torch.empty((splits.num, *out.shape), **new)
+        to_lse = torch.empty((splits.num, *lse.shape), **new)
         if problem.seqused_q is not None:
             to_lse.fill_(float("-inf"))
-    others = (calls.paging_of(problem), tuple(calls.mods_of(problem)))
     _call(
-        ("decode", *key), problem.q.device, (*problem[:3], to_out), (to_lse,), problem.lengths(),
-        others, lambda: cache_calls.decode_launch(problem, to_out, to_lse, splits, tile),
+        memo, "decode", device, (*problem[:3], to_out), (to_lse,), problem.lengths(), others,
+        lambda: cache_calls.decode_launch(problem, to_out, to_lse, splits, tile),
     )  # fmt: skip
     if splits.num > 1:
-        parts = (to_out, to_lse.transpose(-1, -2), out, lse.transpose(-1, -2))
+        parts = (to_out, to_lse, out, lse)
         _call(
-            ("combine", *key), problem.q.device, parts, (), (), (),
-            lambda: cache_calls.combine_launch(*parts),
+            memo, "combine", device, parts, (), (), (),
+            lambda: cache_calls.merge_launch(*parts),
         )  # fmt: skip
 
 
@@ -261,15 +279,15 @@ def backward(
         tensor.zero_()
     problem = _readable(problem)
     dout = _by_rows(dout)
-    signature = _signature(problem, dout, out, lse, dlse, dq, dk, dslope)
+    memo = _memo((dq_tile, kv_tile, *_signature(problem, dout, out, lse, dlse, dq, dk, dv, dslope)))
     device, lengths, others = problem.q.device, problem.lengths(), (tuple(calls.mods_of(problem)),)
     _call(
-        ("dq", dq_tile, *signature), device, (*problem[:3], out, dout, dq),
+        memo, "dq", device, (*problem[:3], out, dout, dq),
         (lse, dlse, delta, dslope), lengths, others,
         lambda: calls.dq_launch(problem, dout, dlse, out, lse, dq, delta, dslope, dq_tile),
     )  # fmt: skip
     _call(
-        ("dkdv", kv_tile, *signature), device, (*problem[:3], dout, dk, dv), (lse, delta), lengths,
+        memo, "dkdv", device, (*problem[:3], dout, dk, dv), (lse, delta), lengths,
         others, lambda: calls.dkdv_launch(problem, dout, lse, delta, dk, dv, kv_tile),
     )  # fmt: skip
     if want_bias:

@@ -9,7 +9,7 @@ from .common import Operand, at_head, load_tile
 
 
 class Paging(NamedTuple):
-    """How the sequences find their part of a cache: a kernel argument, None where K has none.
+    """How the sequences find their part of a cache: a kernel argument.
 
     Paged: row b of `table` [batch, columns] int32 names the pages of sequence b, which are k[page]
     with SPEC.page_size rows each. Else sequence b is k[batch_idx[b]], or k[b] without `batch_idx`.
@@ -38,10 +38,9 @@ def find_keys(k, v, seq, batch, head, first, paging, SPEC: tl.constexpr):
         return at_head(k, 0, head, 0), at_head(v, 0, head, 0), pages
     else:
         entry = seq
-        if paging is not None:
-            if paging.batch_idx is not None:
-                entry = tl.load(paging.batch_idx + seq, mask=seq < batch, other=0)
-                entry = tl.maximum(tl.minimum(entry, paging.entries - 1), 0)
+        if paging.batch_idx is not None:
+            entry = tl.load(paging.batch_idx + seq, mask=seq < batch, other=0)
+            entry = tl.maximum(tl.minimum(entry, paging.entries - 1), 0)
         return at_head(k, entry, head, first), at_head(v, entry, head, first), Pages(0, 0, 0)
 
 
@@ -53,28 +52,41 @@ def page_of(table_row, row, inside, entries, SPEC: tl.constexpr):
 
 
 @triton.jit
+def tile_pages(pages, start, rows, ROWS: tl.constexpr, SPEC: tl.constexpr):
+    """The pages of the keys [start, start + ROWS), int64, -1 where there is none: [ROWS], or the
+    one that holds the whole tile; 0 if K is not paged. `attend` asks for them a step ahead, so that
+    the loads of K and V wait for no other load, which would halve the stages of their pipeline."""
+    if SPEC.page_size == 0:
+        return 0
+    else:
+        pos = start
+        if SPEC.gathers:
+            pos += tl.arange(0, ROWS)
+        page, there = page_of(pages.row, pages.first + pos, pos < rows, pages.entries, SPEC)
+        return tl.where(there, page, -1)
+
+
+@triton.jit
 def load_keys(
-    operand, pages, start, rows, ROWS: tl.constexpr, COLS: tl.constexpr, MASK_ROWS: tl.constexpr,
-    DIM: tl.constexpr, SPEC: tl.constexpr,
+    operand, pages, found, start, rows, ROWS: tl.constexpr, COLS: tl.constexpr,
+    MASK_ROWS: tl.constexpr, DIM: tl.constexpr, SPEC: tl.constexpr,
 ):  # fmt: skip
-    """`load_tile` of K or V wherever they lie; of a page that does not exist, 0."""
+    """`load_tile` of K or V wherever they lie; of a page that does not exist, 0. found: tile_pages
+    of the same rows."""
     if SPEC.page_size == 0:
         return load_tile(operand, start, rows, ROWS, COLS, MASK_ROWS, DIM)
     else:
-        if SPEC.page_size % ROWS == 0 and not SPEC.page_shift:  # one page holds the tile
-            page, there = page_of(pages.row, start, start < rows, pages.entries, SPEC)
-            in_page = at_head(operand, tl.where(there, page, 0), 0, start % SPEC.page_size)
-            rows_left = tl.where(there, rows - start, 0)
-            return load_tile(in_page, 0, rows_left, ROWS, COLS, True, DIM)
-        else:
-            pos = start + tl.arange(0, ROWS)
-            row = pages.first + pos
-            page, there = page_of(pages.row, row, pos < rows, pages.entries, SPEC)
+        if SPEC.gathers:
+            row = (pages.first + start + tl.arange(0, ROWS)) % SPEC.page_size
             offs_d = tl.arange(0, COLS)
-            offs = page * operand.batch + (row % SPEC.page_size).to(tl.int64) * operand.seq
+            offs = found * operand.batch + row.to(tl.int64) * operand.seq
             ptrs = operand.ptr + offs[:, None] + offs_d[None, :] * operand.dim
-            mask = there[:, None] & (offs_d < DIM)[None, :]
+            mask = (found >= 0)[:, None] & (offs_d < DIM)[None, :]
             return tl.load(ptrs, mask=mask, other=0.0)
+        else:
+            in_page = at_head(operand, tl.maximum(found, 0), 0, start % SPEC.page_size)
+            rows_left = tl.where(found >= 0, rows - start, 0)
+            return load_tile(in_page, 0, rows_left, ROWS, COLS, True, DIM)
 
 
 @triton.jit
