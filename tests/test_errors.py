@@ -113,7 +113,7 @@ VARLEN = [
     ("max str", {"max_seqlen_q": lambda d: "9"}, TypeError, "max_seqlen_q.*str"),
     ("max two", {"max_seqlen_k": zeros(2)}, ValueError, "max_seqlen_k"),
     ("q rank", {"q": zeros(1, 97, 2, 32)}, ValueError, "q must be 3-dimensional"),
-    ("paged", {"block_table": zeros(2, 1)}, NotImplementedError, "block_table"),
+    ("paged", {"block_table": zeros(2, 1, dtype=INT)}, ValueError, "k must be 4-dimensional"),
     ("seqused_k", {"seqused_k": zeros(3, dtype=INT)}, ValueError, "seqused_k.*batch.*got .3,."),
     ("leftpad_k", {"leftpad_k": zeros(2, dtype=FLOAT)}, TypeError, "leftpad_k.*float32"),
     ("seqused_q", {"seqused_q": lambda d: [3, 4]}, TypeError, "seqused_q.*list"),

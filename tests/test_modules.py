@@ -113,6 +113,32 @@ def test_mha(kernel, device, name):
         torch.testing.assert_close(padded[1:, :11], short, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads_k", (4, 2))
+@pytest.mark.parametrize("by_sample", (False, True))
+@torch.no_grad()
+def test_mha_with_a_cache(kernel, device, heads_k, by_sample):
+    """A prompt, then a token at a time, equals all at once."""
+    torch.manual_seed(0)
+    mha = kernel.MHA(
+        64, 4, heads_k, causal=True, rotary_emb_dim=16, use_alibi=True, window_size=(9, 0),
+        layer_idx=3, device=device,
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 14, 64, device=device)
+    params = kernel.InferenceParams(max_seqlen=20, max_batch_size=5, batch_size_offset=2)
+    parts = []
+    for rows in (slice(0, 9), *(slice(i, i + 1) for i in range(9, 14))):
+        params.seqlen_offset = rows.start
+        if by_sample:
+            params.lengths_per_sample = torch.full((2,), rows.start, device=device).int()
+        parts.append(mha(x[:, rows], inference_params=params))
+    torch.testing.assert_close(torch.cat(parts, 1), mha(x), rtol=1e-4, atol=1e-5)
+    assert params.key_value_memory_dict[3].shape == (5, 20, 2, heads_k, 16)
+    with pytest.raises(NotImplementedError, match="inference_params"):
+        mha(x, cu_seqlens=torch.zeros(1), inference_params=params)
+    with pytest.raises(ValueError, match="layer_idx"):
+        kernel.MHA(64, 4, device=device)(x, inference_params=params)
+
+
 def test_mha_errors(kernel):
     with pytest.raises(ValueError, match="embed_dim"):
         kernel.MHA(63, 4)

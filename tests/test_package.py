@@ -22,7 +22,7 @@ LAYERS = {
         "classic", "interface", "kvcache", "layers", "merging", "modules", "padding", "private",
         "rotary",
     },
-    "modules": {"layers", "padding", "rotary"},
+    "modules": {"kvcache", "layers", "padding", "rotary"},
     "layers": {"interface"},
     "classic": {"interface"},
     "interface": {"autograd", "options", "problem"},
@@ -126,7 +126,7 @@ def test_tables_are_complete(module):
     keys = set(config.all_keys())
     assert len(keys) == 3 * 2 * 4 * 3 + 2 * 4 + 2 * 4 * 3
     for arch, table in config.tables().items():
-        optional = set(config.all_keys(("bias", "dropout")))
+        optional = set(config.all_keys(("bias", "dropout", "pages")))
         assert keys <= set(table.rows) <= keys | optional, arch
         for key, tile in table.rows.items():
             for block in (tile.block_m, tile.block_n):

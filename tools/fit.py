@@ -9,6 +9,7 @@ the options the row serves. --write puts the finds into tuned/TABLE.json.
 """
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -24,6 +25,13 @@ HEAVY = ("all", "bias", "dropout")  # what a '/mods' row must serve
 def candidates(kernel, start):
     """(block_m, block_n, num_warps, num_stages) from the most to the least wanted."""
     block_m, block_n, warps, stages = start
+    if kernel == "decode":  # whose block_m is given
+        while block_n >= 16:
+            for num_stages in range(stages, 0, -1):
+                for num_warps in dict.fromkeys((warps, 8, 4)):
+                    yield block_m, block_n, num_warps, num_stages
+            block_n //= 2
+        return
     owner, loop = (block_n, block_m) if kernel == "dkdv" else (block_m, block_n)
     shapes = [(owner, loop)]
     while shapes[-1] != (4, 16):  # a product sums over 16 at least
@@ -40,6 +48,11 @@ def rows_of(key, architectures):
     """What to compile for a key."""
     kernel, size, dim, *rest = key.split("/")
     dtypes = ("fp16", "bf16") if size == "2" else ("fp32",)
+    if kernel == "decode":
+        for arch, option in itertools.product(architectures, ("plain", "decode", "page16")):
+            for dtype in dtypes[:1]:
+                yield aot.Row(arch, kernel, dtype, int(dim), True, False, option, int(rest[0]))
+        return
     if kernel == "tiles":
         options, masks = ("all", "dropout"), (True,)
     elif rest[-1] == "mods":
@@ -74,6 +87,8 @@ def find(job):
 
 def start_of(key, rows):
     kernel, size, dim, *rest = key.split("/")
+    if kernel == "decode":
+        return (int(rest[0]), *rows[key]["tile"][1:])
     if kernel == "tiles":
         return (64, 64, 4, 1) if size == "2" else (32, 32, 4, 1)
     if rest[-1] == "mods":
@@ -107,7 +122,7 @@ def main():
 def write(path, data):
     """A table with one row per line, in the order of the keys."""
     config = import_module(f"{aot.package()}.flash_attention_kernel.config")
-    kinds = ("full", "causal", "mods", "bias", "dropout")
+    kinds = ("full", "causal", "mods", "bias", "dropout", "pages")
     order = {key: n for n, key in enumerate(config.all_keys(kinds))}
     rows = sorted(data["rows"].items(), key=lambda item: order[item[0]])
     head = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "rows"]

@@ -19,7 +19,7 @@ STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, m) {
   // Rotary embedding; offsets (batch,) int32 and offset: the first positions. rotary_ is in place.
   m.def("rotary(Tensor x, " ROTARY ") -> Tensor");
   m.def("rotary_(Tensor(a!) x, " ROTARY ") -> ()");
-  m.def("probs(Tensor lse, SymInt max_seqlen_q, SymInt max_seqlen_k, " PROBLEM ") -> Tensor");
+  m.def("probs(Tensor lse, SymInt rows, SymInt cols, " PROBLEM ") -> Tensor");
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

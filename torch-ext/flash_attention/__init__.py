@@ -17,6 +17,7 @@ from .modules import (
     FlashAttention,
     FlashCrossAttention,
     FlashSelfAttention,
+    InferenceParams,
     RotaryEmbedding,
     get_alibi_slopes,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "FlashAttention",
     "FlashCrossAttention",
     "FlashSelfAttention",
+    "InferenceParams",
     "MHA",
     "RotaryEmbedding",
     "apply_rotary_emb",

@@ -9,7 +9,7 @@ from .autograd import attention
 from .options import Options
 from .problem import AttentionProblem
 
-PLAIN_TYPES = (int, float, str, type(None))
+PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
 MAX_KNOWN = 4096
 _known = {}  # signature of a call -> (the problem's scalars, the launcher's memo)
 
@@ -116,8 +116,9 @@ def flash_attn_with_kvcache(
             tensors, softmax_scale, causal, softcap, num_splits, causal_alignment, batch_invariant,
             max_seqlen_q, *window,
         )  # fmt: skip
-        if key is not None and key in _known:
-            scalars, memo = _known[key]
+        known = None if key is None else _known.get(key)
+        if known is not None:
+            scalars, memo = known
             out, lse = ops.fwd_eager(_problem(tensors, scalars), memo)
             return (out, lse) if return_softmax_lse else out
     if dropout_p:
@@ -148,18 +149,17 @@ def flash_attn_with_kvcache(
 
 def _signature(tensors, *scalars):
     """What two calls must share for what was checked, and launched, of one to hold for the other;
-    None where that cannot be said without a look at data."""
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or not all(isinstance(s, PLAIN_TYPES) for s in scalars)
-    ):
+    None where that cannot be said without a look at data, or a gradient may be wanted."""
+    if torch.compiler.is_compiling():
         return None
-    key = [scalars]
+    key = list(scalars)
+    for scalar in scalars:
+        if type(scalar) not in PLAIN_TYPES:
+            return None
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif type(tensor) is torch.Tensor and tensor.is_cuda:
+        elif type(tensor) is torch.Tensor and tensor.is_cuda and not tensor.requires_grad:
             key += (
                 tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15,
             )  # fmt: skip

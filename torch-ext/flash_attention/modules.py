@@ -1,10 +1,13 @@
 """nn.Modules: the attention modules of flash_attn, and multi-head attention built on them."""
 
 import math
+from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from torch import nn
 
+from .kvcache import flash_attn_with_kvcache
 from .layers import CrossAttention, SelfAttention
 from .padding import pad_input, unpad_input
 from .rotary import apply_rotary_emb
@@ -143,6 +146,18 @@ class RotaryEmbedding(nn.Module):
         )
 
 
+@dataclass
+class InferenceParams:
+    """What the layers of a model share while it generates, as flash_attn.utils.generation's."""
+
+    max_seqlen: int  # rows of the caches
+    max_batch_size: int
+    seqlen_offset: int = 0  # rows that the caches hold of every sequence; the caller counts on
+    batch_size_offset: int = 0  # the batch at hand begins at this entry of the caches
+    key_value_memory_dict: dict = field(default_factory=dict)  # layer_idx -> its cache
+    lengths_per_sample: Optional[torch.Tensor] = None  # (batch,) int32, in seqlen_offset's place
+
+
 class MHA(nn.Module):
     """Multi-head self- or cross-attention: projections, rotary embedding, attention, projection.
     Parameters are named as those of flash_attn.modules.mha.MHA, whose checkpoints load.
@@ -157,6 +172,7 @@ class MHA(nn.Module):
         rotary_emb_dim: columns of q and k that are turned; 0: none.
         rotary_emb_base, rotary_emb_interleaved: as in `RotaryEmbedding`.
         use_alibi: ALiBi with `get_alibi_slopes(num_heads)`.
+        layer_idx: the layer's key in InferenceParams.key_value_memory_dict.
     """
 
     def __init__(
@@ -175,10 +191,12 @@ class MHA(nn.Module):
         rotary_emb_interleaved=False,
         use_alibi=False,
         window_size=(-1, -1),
+        layer_idx=None,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        self.layer_idx = layer_idx
         self.num_heads = num_heads
         self.num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
         if embed_dim % num_heads:
@@ -221,6 +239,7 @@ class MHA(nn.Module):
         max_seqlen=None,
         cu_seqlens_k=None,
         max_seqlen_k=None,
+        inference_params=None,
     ):
         """[batch, seqlen, embed_dim] -> the same; [total, embed_dim] with cu_seqlens, max_seqlen.
 
@@ -228,9 +247,18 @@ class MHA(nn.Module):
             x_kv: the keys' and values' input, only with cross_attn; packed with cu_seqlens_k.
             key_padding_mask: [batch, seqlen] bool, True for tokens: x is unpadded for the
                 attention, and the attention of the other tokens is 0. Not with cross_attn.
+            inference_params: an InferenceParams: x goes on where the layer's cache ends, and its
+                keys and values are written there. Alone, and not with cross_attn.
         """
         if (x_kv is not None) != self.cross_attn:
             raise ValueError("x_kv must be given if, and only if, the module has cross_attn=True")
+        if inference_params is not None:
+            if x_kv is not None or key_padding_mask is not None or cu_seqlens is not None:
+                raise NotImplementedError(
+                    "inference_params needs self-attention of [batch, seqlen, embed_dim] without "
+                    "key_padding_mask; see flash_attn_with_kvcache for cu_seqlens_q"
+                )
+            return self.out_proj(self._attend_to_cache(x, inference_params))
         if key_padding_mask is not None:
             if self.cross_attn or cu_seqlens is not None:
                 raise ValueError("key_padding_mask needs self-attention without cu_seqlens")
@@ -251,19 +279,55 @@ class MHA(nn.Module):
         if packed and self.rotary_emb is None:
             qkv = self.Wqkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
             return self.inner_attn(qkv, **lengths).flatten(-2)
-        if self.cross_attn:
-            q, kv = self.Wq(x), self.Wkv(x_kv)
-        else:
-            qkv = self.Wqkv(x)
-            q, kv = qkv.split((x.shape[-1], qkv.shape[-1] - x.shape[-1]), dim=-1)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        kv = kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
+        q, kv = self._project(x, x_kv)
         if self.rotary_emb is not None:
             k, v = kv.unbind(-3)
             q, k = (self.rotary_emb(t, 0, cu_seqlens, max_seqlen) for t in (q, k))
             kv = torch.stack([k, v], -3)
         lengths.update(cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k)
         return self.inner_cross_attn(q, kv, **lengths).flatten(-2)
+
+    def _project(self, x, x_kv):
+        """-> q [..., num_heads, head_dim], kv [..., 2, num_heads_kv, head_dim]"""
+        if self.cross_attn:
+            q, kv = self.Wq(x), self.Wkv(x_kv)
+        else:
+            qkv = self.Wqkv(x)
+            q, kv = qkv.split((x.shape[-1], qkv.shape[-1] - x.shape[-1]), dim=-1)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        return q, kv.unflatten(-1, (2, self.num_heads_kv, self.head_dim))
+
+    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None):
+        """-> an empty cache, [batch_size, max_seqlen, 2, num_heads_kv, head_dim]"""
+        weight = self.out_proj.weight
+        shape = (batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim)
+        return weight.new_empty(shape, dtype=dtype or weight.dtype)
+
+    def _attend_to_cache(self, x, params):
+        """Projected, turned, appended to the layer's cache, attended to it: [..., embed_dim]"""
+        if self.layer_idx is None:
+            raise ValueError("layer_idx must be given to MHA: inference_params keeps caches by it")
+        q, kv = self._project(x, None)
+        caches = params.key_value_memory_dict
+        if self.layer_idx not in caches:
+            sizes = (params.max_batch_size, params.max_seqlen)
+            caches[self.layer_idx] = self.allocate_inference_cache(*sizes, dtype=kv.dtype)
+        batch, first = x.shape[0], params.batch_size_offset
+        cache = caches[self.layer_idx][first : first + batch]
+        lengths = params.lengths_per_sample
+        lengths = params.seqlen_offset if lengths is None else lengths[:batch]
+        cos = sin = None
+        if self.rotary_emb is not None:
+            cos, sin = self.rotary_emb.tables(cache.shape[1], x)
+        inner = self.inner_attn
+        return flash_attn_with_kvcache(
+            q, *cache.unbind(2), *kv.unbind(2), cos, sin, lengths,
+            softmax_scale=inner.softmax_scale,
+            causal=inner.causal,
+            window_size=inner.window_size,
+            alibi_slopes=inner.alibi_slopes,
+            rotary_interleaved=self.rotary_emb is not None and self.rotary_emb.interleaved,
+        ).flatten(-2)  # fmt: skip
 
 
 def get_alibi_slopes(nheads):

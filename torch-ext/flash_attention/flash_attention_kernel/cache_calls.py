@@ -69,7 +69,8 @@ def decode_tile(problem) -> TileConfig:
     if rows is None or p.invariant() and p.cu_seqlens_q is not None:
         rows = DECODE_ROWS[-1]
     dims = (p.q.shape[-1], p.v.shape[-1])
-    return choose_decode(architecture(p.q.device), p.q.dtype, *dims, rows)
+    page_size = p.k.shape[1] if p.block_table is not None else 0
+    return choose_decode(architecture(p.q.device), p.q.dtype, *dims, rows, page_size)
 
 
 def splits_for(problem, tile: TileConfig) -> Splits:

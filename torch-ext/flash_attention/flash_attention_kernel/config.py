@@ -13,6 +13,7 @@ MAX_BLOCK_D = 512  # decode_kernel takes what a head_dim has beyond it apart
 TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the next row up
 KERNELS = ("forward", "dq", "dkdv", "tiles", "decode")  # tiles: those of score_tiles.py
 DECODE_ROWS = (16, 32, 64)  # decode_kernel's BLOCK_M: the fewest that hold a sequence's rows
+SMALL_PAGE = 128  # pages whose rows are no multiple of it may have tiles of their own
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,14 @@ def row_key(kernel: str, itemsize: int, head_dim: int, kind: str) -> str:
 
 
 def all_keys(kinds=("full", "causal", "mods")):
-    """Every key that a table must have, in order; with 'bias' and 'dropout', may have."""
+    """Every key that a table must have, in order; with 'bias', 'dropout' and 'pages', may have."""
+    decode = [f"{rows}/pages" for rows in DECODE_ROWS] if "pages" in kinds else []
     keys = [
         row_key(kernel, itemsize, head_dim, kind)
         for kernel in KERNELS
         for itemsize in (2, 4)
         for head_dim in TABLE_HEAD_DIMS
-        for kind in (DECODE_ROWS if kernel == "decode" else kinds)
+        for kind in ((*DECODE_ROWS, *decode) if kernel == "decode" else kinds)
     ]
     return list(dict.fromkeys(keys))
 
@@ -128,7 +130,13 @@ def choose(
 
 
 @functools.lru_cache(maxsize=None)
-def choose_decode(arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int):
+def choose_decode(
+    arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int, page_size: int = 0
+) -> TileConfig:
     """decode_kernel's config for sequences of `rows` rows of queries and heads of a group."""
     block_m = next((n for n in DECODE_ROWS if rows <= n), DECODE_ROWS[-1])
-    return _rows(arch, dtype)[row_key("decode", dtype.itemsize, max(head_dim, head_dim_v), block_m)]
+    key = row_key("decode", dtype.itemsize, max(head_dim, head_dim_v), block_m)
+    table = _rows(arch, dtype)
+    if page_size % SMALL_PAGE:
+        return table.get(f"{key}/pages") or table[key]
+    return table[key]

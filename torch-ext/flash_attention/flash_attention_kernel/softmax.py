@@ -61,20 +61,25 @@ def merge_splits(
     """
     offs_s = tl.arange(0, BLOCK_S)
     offs_d = tl.arange(0, BLOCK_D)
-    top = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
-    for start in tl.range(0, num_splits, BLOCK_S):
-        top = tl.maximum(top, load_lse(lse_ptr, lse_split, start + offs_s, num_splits))
-    top = tl.max(top, 0)
-    top_log2 = tl.where(top == float("-inf"), 0.0, top) * LOG2E
     acc = tl.zeros([BLOCK_D], dtype=tl.float32)
     total = 0.0
+    top = float("-inf")
     for start in tl.range(0, num_splits, BLOCK_S):
         split = start + offs_s
-        weight = tl.exp2(load_lse(lse_ptr, lse_split, split, num_splits) * LOG2E - top_log2)
+        lse = load_lse(lse_ptr, lse_split, split, num_splits)
         ptrs = out_ptr + split.to(tl.int64)[:, None] * out_split + offs_d[None, :]
-        part = tl.load(ptrs, mask=(weight > 0.0)[:, None] & (offs_d < DIM)[None, :], other=0.0)
-        acc += tl.sum(weight[:, None] * part.to(tl.float32), 0)
-        total += tl.sum(weight, 0)
+        # Not masked by lse, for which it would have to wait.
+        part = tl.load(
+            ptrs, mask=(split < num_splits)[:, None] & (offs_d < DIM)[None, :], other=0.0
+        )
+        part = tl.where((lse > float("-inf"))[:, None], part.to(tl.float32), 0.0)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        top_log2 = tl.where(new_top == float("-inf"), 0.0, new_top) * LOG2E
+        weight = tl.exp2(lse * LOG2E - top_log2)
+        alpha = tl.exp2(top * LOG2E - top_log2)
+        acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
+        total = total * alpha + tl.sum(weight, 0)
+        top = new_top
     out = acc / tl.where(total == 0.0, 1.0, total)
     return out, tl.where(total == 0.0, float("-inf"), top + tl.log2(total) * LN2)
 
