@@ -25,12 +25,12 @@ HEAVY = ("all", "bias", "dropout")  # what a '/mods' row must serve
 def candidates(kernel, start):
     """(block_m, block_n, num_warps, num_stages) from the most to the least wanted."""
     block_m, block_n, warps, stages = start
-    if kernel == "decode":  # whose block_m is given
-        while block_n >= 16:
+    if kernel == "decode":  # fewer rows than asked for have K and V read twice: last of all
+        for m, n in itertools.product((64, 32, 16), (128, 64, 32, 16)):
             for num_stages in range(stages, 0, -1):
                 for num_warps in dict.fromkeys((warps, 8, 4)):
-                    yield block_m, block_n, num_warps, num_stages
-            block_n //= 2
+                    if m <= block_m and n <= block_n:
+                        yield m, n, num_warps, num_stages
         return
     owner, loop = (block_n, block_m) if kernel == "dkdv" else (block_m, block_n)
     shapes = [(owner, loop)]

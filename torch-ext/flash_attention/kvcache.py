@@ -106,11 +106,12 @@ def flash_attn_with_kvcache(
         q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, cache_leftpad, block_table,
         cache_batch_idx, alibi_slopes, s_aux,
     )  # fmt: skip
-    others = (
-        k, v, rotary_cos, rotary_sin, page_table, learnable_sink, q_descale, k_descale, v_descale,
-    )  # fmt: skip
     key = None
-    if not dropout_p and all(other is None for other in others):
+    if (
+        k is v is rotary_cos is rotary_sin is page_table is learnable_sink is None
+        and q_descale is k_descale is v_descale is None
+        and not dropout_p
+    ):
         window = window_size if type(window_size) is tuple else (window_size,)
         key = _signature(
             tensors, softmax_scale, causal, softcap, num_splits, causal_alignment, batch_invariant,
