@@ -45,7 +45,9 @@ def test_packed_variants(kernel, device, case):
     q, k, v, dout, _, options = make(case, torch.float16, device)
     causal = options["causal"]
     want = run(kernel, q, k, v, dout, None, options)
-    lengths = (options["cu_seqlens_q"], options["cu_seqlens_k"], 1, 1) if case.varlen else ()
+    longest = max(case.lens_q or (0,))
+    ends = [options.get(f"cu_seqlens_{side}") for side in "qk"]
+    lengths = (*ends, longest, longest) if case.varlen else ()
     prefix = "flash_attn_varlen_" if case.varlen else "flash_attn_"
 
     kv = torch.stack([k, v], -3).requires_grad_()
@@ -57,7 +59,7 @@ def test_packed_variants(kernel, device, case):
 
     if case.nheads == case.nheads_k:
         qkv = torch.stack([q, k, v], -3).requires_grad_()
-        lengths = (options["cu_seqlens_q"], 1) if case.varlen else ()
+        lengths = (ends[0], longest) if case.varlen else ()
         out = getattr(kernel, prefix + "qkvpacked_func")(qkv, *lengths, causal=causal)
         (dqkv,) = torch.autograd.grad(out, qkv, dout)
         for got, expected in zip((out, *dqkv.unbind(-3)), (want[0], *want[2:])):

@@ -6,12 +6,17 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from .checks import (
+    MAX_CACHE_HEAD_DIM,
+    MAX_HEAD_DIM,
+    check_cache,
+    check_no_grad,
+    check_tensors,
+    int32_lengths,
+    int32_table,
+    known,
+)
 from .options import PLAIN, checked_fields
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DEVICES = ("cuda", "xpu", "cpu", "meta")
-MAX_HEAD_DIM = 512
-MAX_CACHE_HEAD_DIM = 576  # latent attention's q and k
 
 
 class AttentionProblem(NamedTuple):
@@ -51,7 +56,7 @@ class AttentionProblem(NamedTuple):
     @classmethod
     def dense(cls, q, k, v, options=PLAIN, rng_state=None):
         """A batch of sequences of one length each side; raises what is wrong with it."""
-        _check_tensors(q, k, v, rank=4, layout="[batch, seqlen, nheads, head_dim]")
+        check_tensors(q, k, v, rank=4, layout="[batch, seqlen, nheads, head_dim]")
         q_shape, k_shape = q.shape, k.shape
         if k_shape[0] != q_shape[0]:
             raise ValueError(f"k must have q's batch size {q_shape[0]}, got {k_shape[0]}")
@@ -67,27 +72,27 @@ class AttentionProblem(NamedTuple):
     ):  # fmt: skip
         """Sequences packed along the rows; cu_seqlens are read on the device, never here."""
         if block_table is None:
-            _check_tensors(q, k, v, rank=3, layout="[total, nheads, head_dim]")
+            check_tensors(q, k, v, rank=3, layout="[total, nheads, head_dim]")
         else:
-            _check_cache(q, k, v, ("k", "v"), 3, "[total, nheads, head_dim]", MAX_HEAD_DIM)
+            check_cache(q, k, v, ("k", "v"), 3, "[total, nheads, head_dim]", MAX_HEAD_DIM)
         device = q.device
-        cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens_q, device)
+        cu_seqlens_q = int32_lengths("cu_seqlens_q", cu_seqlens_q, device)
         batch = cu_seqlens_q.shape[0] - 1
         if cu_seqlens_k is not None or block_table is None or seqused_k is None:
-            cu_seqlens_k = _lengths("cu_seqlens_k", cu_seqlens_k, device)
+            cu_seqlens_k = int32_lengths("cu_seqlens_k", cu_seqlens_k, device)
             if cu_seqlens_q.shape != cu_seqlens_k.shape:
                 raise ValueError(
                     "cu_seqlens_k must have cu_seqlens_q's length, batch + 1 = "
                     f"{batch + 1}, got {cu_seqlens_k.shape[0]}"
                 )
         per_sequence = [
-            None if lengths is None else _lengths(name, lengths, device, batch)
+            None if lengths is None else int32_lengths(name, lengths, device, batch)
             for name, lengths in (
                 ("seqused_q", seqused_q), ("seqused_k", seqused_k), ("leftpad_k", leftpad_k),
             )
         ]  # fmt: skip
         if block_table is not None:
-            block_table = _block_table("block_table", block_table, device, batch)
+            block_table = int32_table("block_table", block_table, device, batch)
         sizes = (batch, q.shape[1], known(max_seqlen_q), known(max_seqlen_k))
         fields = checked_fields(q, options, sizes, rng_state)
         cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
@@ -95,7 +100,7 @@ class AttentionProblem(NamedTuple):
             q, k, v, *cu_seqlens, *per_sequence, block_table, None, *fields, sizes[2] or 0
         )
         if block_table is not None:
-            _check_no_grad(problem, "block_table")
+            check_no_grad(problem, "block_table")
         return problem
 
     @classmethod
@@ -109,32 +114,32 @@ class AttentionProblem(NamedTuple):
         if cu_seqlens_q is not None:
             rank, layout = (3, "[total, nheads, head_dim]")
         names = ("k_cache", "v_cache")
-        _check_cache(q, k_cache, v_cache, names, rank, layout, MAX_CACHE_HEAD_DIM)
+        check_cache(q, k_cache, v_cache, names, rank, layout, MAX_CACHE_HEAD_DIM)
         device, entries = q.device, k_cache.shape[0]
         if cu_seqlens_q is not None:
-            cu_seqlens_q = _lengths("cu_seqlens_q", cu_seqlens_q, device)
+            cu_seqlens_q = int32_lengths("cu_seqlens_q", cu_seqlens_q, device)
         batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
         if block_table is not None:
             if cache_batch_idx is not None:
                 raise ValueError(
                     f"cache_batch_idx and {table_name} both say where the cache is: give one"
                 )
-            block_table = _block_table(table_name, block_table, device, batch)
+            block_table = int32_table(table_name, block_table, device, batch)
         elif cache_batch_idx is not None:
-            cache_batch_idx = _lengths("cache_batch_idx", cache_batch_idx, device, batch)
+            cache_batch_idx = int32_lengths("cache_batch_idx", cache_batch_idx, device, batch)
         elif entries < batch:
             raise ValueError(
                 f"k_cache must have an entry per sequence, {batch}, got {entries}; or say which "
                 "are theirs with cache_batch_idx"
             )
         if cache_leftpad is not None:
-            cache_leftpad = _lengths("cache_leftpad", cache_leftpad, device, batch)
+            cache_leftpad = int32_lengths("cache_leftpad", cache_leftpad, device, batch)
         sizes = (batch, q.shape[-2], None, None)
         fields = checked_fields(q, options, sizes, None)
-        lengths = (cu_seqlens_q, None, None, cache_seqlens, cache_leftpad)
+        lengths = (cu_seqlens_q, None, None, None, cache_leftpad)
         where = (block_table, cache_batch_idx)
         problem = cls(q, k_cache, v_cache, *lengths, *where, *fields, known(max_seqlen_q) or 0)
-        _check_no_grad(problem, "a KV cache")
+        check_no_grad(problem, "a KV cache")
         return problem.with_cache_seqlens(cache_seqlens)
 
     def with_cache_seqlens(self, cache_seqlens):
@@ -151,7 +156,7 @@ class AttentionProblem(NamedTuple):
                     f"{cache_seqlens}"
                 )
             cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=device)
-        return self._replace(seqused_k=_lengths("cache_seqlens", cache_seqlens, device, batch))
+        return self._replace(seqused_k=int32_lengths("cache_seqlens", cache_seqlens, device, batch))
 
     def batch(self):
         """How many sequences there are."""
@@ -298,145 +303,3 @@ class AttentionProblem(NamedTuple):
         heads = self.s_aux.float().unsqueeze(-1)  # [nheads, 1]: lse ends in [nheads, rows]
         parts = -(torch.exp(heads - lse) * delta).sum(-1)
         return (parts if self.cu_seqlens_q is not None else parts.sum(0)).to(self.s_aux.dtype)
-
-
-def _check_tensors(q, k, v, rank, layout):
-    """Types, dtypes, devices and shapes that do not depend on dense or packed."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_rank(name, tensor, rank, layout)
-    _check_kind(q, k, v, ("k", "v"))
-    _check_shapes(q.shape, k.shape, v.shape, ("k", "v"), MAX_HEAD_DIM)
-    if not torch.compiler.is_compiling():
-        _check_plain(q, k, v)
-
-
-def _check_cache(q, k, v, names, rank, layout, max_head_dim):
-    """The same, where K and V are a cache."""
-    _check_rank("q", q, rank, layout)
-    for name, tensor in zip(names, (k, v)):
-        _check_rank(name, tensor, 4, "[batch or pages, rows, nheads_k, head_dim]")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(
-                f"{name} must have its columns next to each other, got strides "
-                f"{tensor.stride()}; a copy of a cache on every call would cost too much"
-            )
-    _check_kind(q, k, v, names)
-    _check_shapes(q.shape, k.shape, v.shape, names, max_head_dim)
-    if not torch.compiler.is_compiling():
-        _check_plain(q, k, v)
-
-
-def _check_no_grad(problem, what):
-    if problem.needs_grad():
-        raise NotImplementedError(
-            f"there is no gradient through {what}: call it under torch.no_grad(), or pass the keys "
-            "and values themselves to flash_attn_varlen_func"
-        )
-
-
-def _check_rank(name, tensor, rank, layout):
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.dim() != rank:
-        raise ValueError(
-            f"{name} must be {rank}-dimensional {layout}, got shape {tuple(tensor.shape)}"
-        )
-
-
-def _check_kind(q, k, v, names):
-    """dtype and device."""
-    dtype, device = q.dtype, q.device
-    if dtype not in DTYPES:
-        if "float8" in str(dtype):
-            raise NotImplementedError(f"q is {dtype}, not implemented yet; cast it to bfloat16")
-        raise TypeError(f"q must be float16, bfloat16 or float32, got {dtype}")
-    if k.dtype != dtype or v.dtype != dtype:
-        raise TypeError(
-            f"q, {names[0]} and {names[1]} must have one dtype, got {dtype}, {k.dtype} and "
-            f"{v.dtype}"
-        )
-    if k.device != device or v.device != device:
-        raise ValueError(
-            f"q, {names[0]} and {names[1]} must be on one device, got {device}, {k.device} and "
-            f"{v.device}; move them with .to()"
-        )
-    if device.type not in DEVICES:
-        raise NotImplementedError(f"q must be on {', '.join(DEVICES)}, got {device}; use .cpu()")
-
-
-def _check_shapes(q_shape, k_shape, v_shape, names, max_head_dim):
-    if k_shape[:-1] != v_shape[:-1]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} must agree in all but head_dim, got shapes "
-            f"{tuple(k_shape)} and {tuple(v_shape)}"
-        )
-    if k_shape[-1] != q_shape[-1]:
-        raise ValueError(f"{names[0]} must have q's head_dim {q_shape[-1]}, got {k_shape[-1]}")
-    for name, shape, most in (("q", q_shape, max_head_dim), (names[1], v_shape, MAX_HEAD_DIM)):
-        if not 1 <= shape[-1] <= most:
-            raise ValueError(f"{name}'s head_dim must be 1 to {most}, got {shape[-1]}")
-    nheads, nheads_k = q_shape[-2], k_shape[-2]
-    if nheads_k < 1 or nheads < 1 or nheads % nheads_k:
-        raise ValueError(
-            f"q's number of heads must be a multiple of k's, got {nheads} and {nheads_k}"
-        )
-
-
-def _check_plain(q, k, v):
-    """Refuse what would compute something else than was meant: nested, DTensor, vmapped."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.is_nested:
-            raise NotImplementedError(
-                f"{name} is a nested tensor; pass its values() and offsets() to "
-                "flash_attn_varlen_func"
-            )
-        if type(tensor).__name__ == "DTensor":
-            raise NotImplementedError(
-                f"{name} is a DTensor; pass to_local() of tensors sharded by batch or heads"
-            )
-    if torch._C._functorch.peek_interpreter_stack() is not None and any(
-        torch._C._functorch.is_batchedtensor(tensor) for tensor in (q, k, v)
-    ):
-        raise NotImplementedError(
-            "flash attention has no vmap rule; fold the mapped dimension into the batch"
-        )
-
-
-def _lengths(name, lengths, device, batch=None):
-    """cu_seqlens (batch + 1,), or one length per sequence if `batch` is given, as the kernels read
-    them: int32, contiguous, on `device`."""
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"{name} must be an int32 tensor, got {type(lengths).__name__}")
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 (or int64), got {lengths.dtype}")
-    if batch is not None and tuple(lengths.shape) != (batch,):
-        raise ValueError(
-            f"{name} must have shape (batch,) = ({batch},), got {tuple(lengths.shape)}"
-        )
-    if batch is None and (lengths.dim() != 1 or lengths.shape[0] < 1):
-        raise ValueError(f"{name} must have shape (batch + 1,), got {tuple(lengths.shape)}")
-    if lengths.device != device and lengths.device.type != "cpu":
-        raise ValueError(f"{name} must be on {device}, got {lengths.device}")
-    return lengths.to(device, torch.int32, non_blocking=True).contiguous()
-
-
-def _block_table(name, table, device, batch):
-    """[batch, columns] int32 with its columns next to each other, on `device`."""
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{name} must be an int32 tensor, got {type(table).__name__}")
-    if table.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 (or int64), got {table.dtype}")
-    if table.dim() != 2 or table.shape[0] != batch:
-        raise ValueError(
-            f"{name} must have shape (batch, pages per sequence) with batch = {batch}, got "
-            f"{tuple(table.shape)}"
-        )
-    if table.device != device and table.device.type != "cpu":
-        raise ValueError(f"{name} must be on {device}, got {table.device}")
-    table = table.to(device, torch.int32, non_blocking=True)
-    return table if table.stride(1) == 1 else table.contiguous()
-
-
-def known(max_seqlen):
-    """max_seqlen if it is a number that can be had without waiting for a device."""
-    return max_seqlen if isinstance(max_seqlen, (int, torch.SymInt)) else None
