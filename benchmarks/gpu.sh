@@ -24,13 +24,14 @@ bench host --batch-size 1 --num-heads 2 --seq-len 16 --only ours sdpa-flash
 bench bwd --preset anchors --warm --only ours sdpa-flash cudnn flex
 bench fwd --preset anchors --only ours sdpa-flash cudnn flex
 run options.log python3 benchmarks/options.py --csv "$OUT/options.csv"
+run decode.log python3 benchmarks/decode.py --csv "$OUT/decode.csv"
 bench memory --batch-size 1 --num-heads 16 --seq-len 16384 --head-dim 128
 # New random cases; each process compiles its own kernels.
 for seed in $(seq "$workers"); do
-  FA_FUZZ_SECONDS=${FA_FUZZ_SECONDS:-60} FA_FUZZ_SEED=$seed timeout 300 \
+  FA_FUZZ_SECONDS=${FA_FUZZ_SECONDS:-60} FA_FUZZ_SEED=$seed timeout 600 \
     python3 -m pytest -q -s --timeout 0 tests/test_random.py >"/tmp/random-$seed.log" 2>&1 &
 done
 wait
 cat /tmp/random-*.log >"$OUT/random.log"
-grep -h -E "cases$|^[0-9]+ (passed|failed)" /tmp/random-*.log
+grep -h -E "^[0-9]+ cases|^[0-9]+ (passed|failed)" /tmp/random-*.log
 exit $failed

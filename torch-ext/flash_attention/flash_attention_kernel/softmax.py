@@ -74,9 +74,10 @@ def merge_splits(
         )
         part = tl.where((lse > float("-inf"))[:, None], part.to(tl.float32), 0.0)
         new_top = tl.maximum(top, tl.max(lse, 0))
-        top_log2 = tl.where(new_top == float("-inf"), 0.0, new_top) * LOG2E
-        weight = tl.exp2(lse * LOG2E - top_log2)
-        alpha = tl.exp2(top * LOG2E - top_log2)
+        # Differences first: the weight of a split alone is 1 to the last bit.
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2((lse - finite_top) * LOG2E)
+        alpha = tl.exp2((top - finite_top) * LOG2E)
         acc = acc * alpha + tl.sum(weight[:, None] * part, 0)
         total = total * alpha + tl.sum(weight, 0)
         top = new_top
