@@ -54,6 +54,7 @@ SINGLE = [
     CacheCase("rotary-partial", 2, new=True, rotary_dim=16, interleaved=False, window=(40, 0)),
     CacheCase("batch-idx", 2, batch_idx=True, new=True),
     CacheCase("leftpad", 2, leftpad=True, causal=True, new=True),
+    CacheCase("leftpad-is-length", 2, lens_k=(3, 0, 20), leftpad=True, causal=True),
     CacheCase("leftpad-pages", 2, leftpad=True, causal=True, page=16),
     CacheCase("page-1", page=1, capacity=160),
     CacheCase("page-16", 2, page=16, new=True, causal=True),
