@@ -29,7 +29,7 @@ def test_interpreted(kernel, module, monkeypatch, case, dtype):
     """The Triton kernels, through Triton's interpreter."""
     ops = module("ops")
     monkeypatch.setattr(ops, "fwd_eager", launch_forward(module))
-    monkeypatch.setattr(ops, "append", module("flash_attention_kernel.launch").append)
+    monkeypatch.setattr(ops, "append_eager", module("flash_attention_kernel.launch").append)
     cache = make_cache(case, dtype, "cpu")
     check(case, cache, *call(kernel, cache))
 

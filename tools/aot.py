@@ -232,6 +232,7 @@ def rows(architectures, quick: bool):
         for arch in architectures:
             for kernel, options in (("forward", "plain"), ("dq", "alibi"), ("dkdv", "dropout")):
                 yield Row(arch, kernel, "fp16", 128, True, True, options)
+            yield Row(arch, "decode", "fp16", 128, True, False, "page16", 16)
         return
     for arch, dim in itertools.product(architectures, DIMS):
         for kernel in ("forward", "dq", "dkdv"):

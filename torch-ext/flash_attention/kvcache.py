@@ -5,7 +5,6 @@ import numbers
 import torch
 
 from . import ops
-from .autograd import attention
 from .options import Options
 from .problem import AttentionProblem
 
@@ -102,49 +101,40 @@ def flash_attn_with_kvcache(
             does not look. What has no room is never written.
         NotImplementedError: a gradient is wanted, dropout, float8; and the way round.
     """
-    tensors = (
-        q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, cache_leftpad, block_table,
-        cache_batch_idx, alibi_slopes, s_aux,
-    )  # fmt: skip
-    key = None
-    if (
-        k is v is rotary_cos is rotary_sin is page_table is learnable_sink is None
-        and q_descale is k_descale is v_descale is None
-        and not dropout_p
-    ):
-        window = window_size if type(window_size) is tuple else (window_size,)
-        key = _signature(
-            tensors, softmax_scale, causal, softcap, num_splits, causal_alignment, batch_invariant,
-            max_seqlen_q, *window,
-        )  # fmt: skip
-        known = None if key is None else _known.get(key)
-        if known is not None:
-            scalars, memo = known
-            out, lse = ops.fwd_eager(_problem(tensors, scalars), memo)
-            return (out, lse) if return_softmax_lse else out
-    if dropout_p:
-        raise NotImplementedError(
-            f"dropout_p must be 0.0 with a KV cache, got {dropout_p}; to train, pass the keys and "
-            "values themselves to flash_attn_varlen_func"
-        )
     if block_table is not None and page_table is not None:
         raise ValueError("block_table and page_table are one argument: give one of them")
-    options = Options(
-        0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink, None,
-        causal_alignment, (q_descale, k_descale, v_descale), num_splits, batch_invariant,
+    table = page_table if block_table is None else block_table
+    tensors = (
+        q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, cache_leftpad, table, cache_batch_idx,
+        alibi_slopes, s_aux, k, v, rotary_cos, rotary_sin,
     )  # fmt: skip
-    problem = AttentionProblem.kvcache(
-        q, k_cache, v_cache, options, None if k is not None else cache_seqlens, cache_batch_idx,
-        cache_leftpad, page_table if block_table is None else block_table, cu_seqlens_q,
-        max_seqlen_q, "page_table" if block_table is None else "block_table",
+    window = window_size if type(window_size) is tuple else (window_size,)
+    key = _signature(
+        tensors, softmax_scale, causal, softcap, num_splits, causal_alignment, batch_invariant,
+        max_seqlen_q, rotary_interleaved, dropout_p, learnable_sink, q_descale, k_descale,
+        v_descale, *window,
     )  # fmt: skip
-    rotary = _rotary(problem, rotary_cos, rotary_sin, k)
-    if k is not None or v is not None:
-        _check_new(problem, k, v, cache_seqlens)
-        problem = _append(problem, k, v, *rotary, cache_seqlens, rotary_interleaved)
-    out, lse = attention(problem)
-    if key is not None:
-        _remember(key, tensors, problem)
+    known = _known.get(key)
+    if known is not None:
+        scalars, memo = known
+        problem, cos, sin = _problem(tensors, scalars), rotary_cos, rotary_sin
+    else:
+        _check_dropout(dropout_p)
+        options = Options(
+            0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
+            None, causal_alignment, (q_descale, k_descale, v_descale), num_splits, batch_invariant,
+        )  # fmt: skip
+        problem = AttentionProblem.kvcache(
+            q, k_cache, v_cache, options, cache_seqlens, cache_batch_idx, cache_leftpad, table,
+            cu_seqlens_q, max_seqlen_q, "page_table" if block_table is None else "block_table",
+        )  # fmt: skip
+        cos, sin = _rotary(problem, rotary_cos, rotary_sin, k)
+        if k is not None or v is not None:
+            _check_new(problem, k, v, cache_seqlens)
+        memo = _remember(key, tensors, problem, cos, sin)
+    if k is not None:
+        problem = _append(problem, k, v, cos, sin, rotary_interleaved)
+    out, lse = ops.fwd_eager(problem, memo)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -170,32 +160,48 @@ def _signature(tensors, *scalars):
 
 
 def _problem(tensors, scalars):
-    """The problem of tensors that need no conversion."""
-    q, k_cache, v_cache, cu_seqlens_q, seqlens, leftpad, table, batch_idx, slopes, sink = tensors
+    """The problem, before k and v are appended, of tensors that need no conversion."""
+    q, k_cache, v_cache, cu_seqlens_q, seqlens, leftpad, table, batch_idx, slopes, sink = tensors[
+        :10
+    ]
     return AttentionProblem(
         q, k_cache, v_cache, cu_seqlens_q, None, None, seqlens, leftpad, table, batch_idx, None,
         slopes, sink, None, *scalars,
     )  # fmt: skip
 
 
-def _remember(key, tensors, problem):
-    """Let calls of this signature skip the checks, if no tensor had to be converted."""
+def _remember(key, tensors, problem, cos, sin):
+    """Let calls of this signature skip the checks, if no tensor had to be converted. -> the memo of
+    such calls for the launcher, or None"""
+    if key is None:
+        return None
     scalars = problem[len(problem.tensors()) :]
-    alike = _problem(tensors, scalars)
-    if all(a is b for a, b in zip(alike.tensors(), problem.tensors())):
-        if len(_known) >= MAX_KNOWN:
-            _known.clear()
-        _known[key] = (scalars, {})
+    alike = (*_problem(tensors, scalars).tensors(), *tensors[-2:])
+    if not all(a is b for a, b in zip(alike, (*problem.tensors(), cos, sin))):
+        return None
+    if len(_known) >= MAX_KNOWN:
+        _known.clear()
+    memo = {}
+    _known[key] = (scalars, memo)
+    return memo
 
 
-def _append(problem, k, v, cos, sin, cache_seqlens, interleaved):
+def _check_dropout(dropout_p):
+    if dropout_p:
+        raise NotImplementedError(
+            f"dropout_p must be 0.0 with a KV cache, got {dropout_p}; to train, pass the keys and "
+            "values themselves to flash_attn_varlen_func"
+        )
+
+
+def _append(problem, k, v, cos, sin, interleaved):
     """Write k and v into the cache -> the problem with q turned, and the lengths afterwards."""
-    before = problem.with_cache_seqlens(cache_seqlens).seqused_k
     each = problem.causal or problem.window_left >= 0 or problem.window_right >= 0
     with torch.no_grad():
-        seqused, q = ops.append(
-            problem.q, k, v, problem.k, problem.v, cos, sin, problem.cu_seqlens_q, before,
-            problem.block_table, problem.cache_batch_idx, bool(interleaved), each,
+        seqused, q = ops.append_eager(
+            problem.q, k, v, problem.k, problem.v, cos, sin, problem.cu_seqlens_q,
+            problem.seqused_k, problem.block_table, problem.cache_batch_idx, bool(interleaved),
+            each,
         )  # fmt: skip
     return problem._replace(q=problem.q if cos is None else q, seqused_k=seqused)
 
@@ -257,4 +263,4 @@ def _rotary(problem, cos, sin, k):
             f"rotary_cos must reach as far as the cache, {problem.rows_k()} rows, got "
             f"{cos.shape[0]}"
         )
-    return cos.detach().contiguous(), sin.detach().contiguous()
+    return tuple(t.detach().contiguous() if t.requires_grad else t.contiguous() for t in (cos, sin))

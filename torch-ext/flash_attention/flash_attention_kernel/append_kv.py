@@ -10,7 +10,7 @@ from .seqlen import Lengths, find_block, sequence_bounds
 
 OVERFLOW: tl.constexpr = tl.constexpr(-(2**31))  # the length of a sequence that did not fit
 UNSPECIALIZED = (
-    "cu_seqlens", "cache_seqlens", "rows", "rows_q", "batch", "capacity", "table_rows",
+    "cu_seqlens", "cache_seqlens", "seqused", "rows", "rows_q", "batch", "capacity", "table_rows",
     "num_tiles", "num_tiles_q",
 )  # fmt: skip
 
@@ -88,7 +88,7 @@ def append_kernel(
     k's row i of a sequence goes to position cache_seqlens + i of its cache, turned by that
     position's angles; v's likewise, as it is; q_out's row i is q's, turned by those of
     cache_seqlens + i, or of cache_seqlens if not TURN_EACH. What lies past `capacity` or in no page
-    is not written. q, q_out (None: nothing turns), k, v and the caches are Operands.
+    is not written. q, q_out (not touched if nothing turns), k, v and the caches are Operands.
     """
     program = tl.program_id(0)
     tiles_kv = 2 * nheads_k * num_tiles

@@ -148,11 +148,18 @@ def combine_launch(out_partial, lse_partial, out, lse, no_keys=float("inf")) -> 
     return Launch(combine_kernel, lse.numel(), operands, (), (), counts, (), options)
 
 
+def append_paging(k_cache, block_table, batch_idx) -> Paging:
+    """Where in a cache the sequences are."""
+    columns = 0 if block_table is None else block_table.stride(0)
+    return Paging(block_table, columns, batch_idx, k_cache.shape[0])
+
+
 def append_launch(
-    q, q_out, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, block_table, batch_idx,
+    q, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, block_table, batch_idx, q_out,
     seqused, interleaved, turn_each,
 ) -> Launch:  # fmt: skip
-    """The call that writes k and v into the caches, `seqused` and, with cos and sin, q_out."""
+    """The call that writes k and v into the caches, `seqused` and, with cos and sin, q_out, which
+    is else not touched."""
     rotary_dim = 0 if cos is None else 2 * cos.shape[-1]
     if cu_seqlens is None:
         batch, rows, rows_q = q.shape[0], k.shape[1], q.shape[1]
@@ -178,13 +185,12 @@ def append_launch(
         "BLOCK_D": block_d,
         "BLOCK_R": max(block_dim(max(rotary_dim, 1)), 2),
     }
-    columns = 0 if block_table is None else block_table.stride(0)
-    paging = Paging(block_table, columns, batch_idx, k_cache.shape[0])
+    paging = append_paging(k_cache, block_table, batch_idx)
     counts = (
         rows, rows_q, batch, pages * k_cache.shape[1], 0 if cos is None else cos.shape[0],
         tiles, tiles_q, nheads_k,
     )  # fmt: skip
-    operands = tuple(None if t is None else operand(t) for t in (q, q_out, k, v, k_cache, v_cache))
+    operands = tuple(map(operand, (q, q_out, k, v, k_cache, v_cache)))
     return Launch(
         append_kernel, 2 * nheads_k * tiles + nheads * tiles_q, operands, (cos, sin),
         (cu_seqlens, cache_seqlens, seqused), counts, (paging,), options,

@@ -229,27 +229,31 @@ def append(
     interleaved, turn_each,
 ):  # fmt: skip
     """-> (seqused, q turned, or nothing of it without cos); see append_kv.py"""
-    seqused = torch.empty_like(cache_seqlens)
-    q_out = None if cos is None else torch.empty_like(q)
-    _run(
-        cache_calls.append_launch(
-            q,
-            q_out,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            cos,
-            sin,
-            cu_seqlens,
-            cache_seqlens,
-            block_table,
-            batch_idx,
-            seqused,
-            interleaved,
-            turn_each,
-        )  # fmt: skip
+    tensors = (
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        cos,
+        sin,
+        cu_seqlens,
+        cache_seqlens,
+        block_table,
+        batch_idx,
     )
+    seqused = torch.empty_like(cache_seqlens)
+    q_out = q if cos is None else torch.empty_like(q)
+
+    def build():
+        return cache_calls.append_launch(*tensors, q_out, seqused, interleaved, turn_each)
+
+    shapes = ((t.shape, t.dtype, _layout(t)) if t is not None else t for t in tensors)
+    _call(
+        _memo((q.device, interleaved, turn_each, *shapes)), "append", q.device,
+        (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
+        (tuple(cache_calls.append_paging(k_cache, block_table, batch_idx)),), build,
+    )  # fmt: skip
     capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not capturing and OVERFLOW.value in seqused.tolist():
         where = "the cache" if block_table is None else "block_table"
@@ -257,7 +261,7 @@ def append(
             f"{where} has no room for all of k and v after cache_seqlens; what has none was not "
             "written"
         )
-    return seqused, q.new_empty(0) if q_out is None else q_out
+    return seqused, q.new_empty(0) if q_out is q else q_out
 
 
 @_on_device

@@ -1,0 +1,121 @@
+"""Plans: the second of two calls alike passes the kernels what the first did. Without a GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cache_cases import CacheCase, make_cache
+from cases import BY_NAME, make
+from checking import problem_of
+from conftest import HAS_GPU
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="there, every test makes its calls by plans")
+KERNELS = {
+    "calls": ("forward_kernel", "dq_kernel", "dkdv_kernel"),
+    "cache_calls": ("decode_kernel", "combine_kernel", "append_kernel"),
+}
+
+
+def shown(argument):
+    """An argument as it can be compared: of a tensor, which is a pointer, its type and size."""
+    if isinstance(argument, torch.Tensor):
+        return argument.numel(), argument.dtype
+    return tuple(map(shown, argument)) if isinstance(argument, tuple) else argument
+
+
+class Recorder:
+    """In the place of a kernel, and of what its first call compiles."""
+
+    function, packed_metadata = None, ()
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def first(*args, **options):
+            constexprs = tuple(value for name, value in options.items() if name.isupper())
+            self.calls.append((grid, shown((*args, *constexprs))))
+            return self
+
+        return first
+
+    def run(self, programs, y, z, stream, function, metadata, *args):
+        assert (y, z, args[:3]) == (1, 1, (None, None, None))
+        self.calls.append(((programs,), shown(args[3:])))
+
+
+class Driver:
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def recorders(module, monkeypatch):
+    from triton.runtime.driver import driver
+
+    found = {}
+    for file, names in KERNELS.items():
+        for name in names:
+            found[name] = Recorder()
+            kernels = module(f"flash_attention_kernel.{file}")
+            monkeypatch.setattr(kernels, name, found[name])
+    monkeypatch.setattr(module("flash_attention_kernel.launch"), "_memos", {})
+    monkeypatch.setattr(driver, "_active", Driver())
+    return found
+
+
+def hold(recorders, *names):
+    """The kernels of these names were called twice, alike; the others never."""
+    for name, recorder in recorders.items():
+        assert len(recorder.calls) == (2 if name in names else 0), name
+        if name in names:
+            assert recorder.calls[0] == recorder.calls[1], name
+
+
+@pytest.mark.parametrize("name", ("causal", "varlen-gqa", "alibi-varlen", "bias-hqk", "window"))
+def test_forward_and_backward(module, recorders, name):
+    launch = module("flash_attention_kernel.launch")
+    for seed in range(2):
+        q, k, v, dout, _, options = make(BY_NAME[name], torch.float16, "cpu", seed)
+        problem = problem_of(module, BY_NAME[name], q, k, v, options)
+        out, lse = launch.forward(problem)
+        launch.backward(problem, dout, None, out, lse)
+    hold(recorders, "forward_kernel", "dq_kernel", "dkdv_kernel")
+
+
+CASES = {
+    "decode_kernel": CacheCase("one", num_splits=1),
+    "combine_kernel": CacheCase("split", 2, num_splits=3, page=16, sink=True),
+    "append_kernel": CacheCase("new", 2, new=True, rotary_dim=32, num_splits=1, batch_idx=True),
+    "append_kernel, paged": CacheCase("pages", 1, new=True, page=16, num_splits=1, leftpad=True),
+    "append_kernel, packed": CacheCase("packed", lens_q=(1, 3, 2), new=True, num_splits=1),
+}
+
+
+@pytest.mark.parametrize("last", CASES)
+def test_cache(kernel, module, recorders, monkeypatch, last):
+    """By the remembered checks, too, which are a GPU's as well."""
+    launch, kvcache, ops = (
+        module(name) for name in ("flash_attention_kernel.launch", "kvcache", "ops")
+    )
+    monkeypatch.setattr(ops, "_unobserved", lambda *tensors: True)
+    monkeypatch.setattr(launch, "OVERFLOW", SimpleNamespace(value=None))  # nobody fills seqused
+    monkeypatch.setattr(kvcache, "_known", {})
+    signature = kvcache._signature
+    case = CASES[last]
+
+    def on_a_gpu(tensors, *scalars):
+        key = signature((), *scalars)
+        return key + tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
+
+    monkeypatch.setattr(kvcache, "_signature", on_a_gpu)
+    for seed in range(2):
+        cache = make_cache(case, torch.float16, "cpu", seed)
+        kernel.flash_attn_with_kvcache(cache.q, cache.k_cache, cache.v_cache, **cache.keywords)
+        assert len(kvcache._known) == 1
+    hold(recorders, "decode_kernel", last.split(",")[0])
