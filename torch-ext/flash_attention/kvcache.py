@@ -141,7 +141,7 @@ def flash_attn_with_kvcache(
 def _signature(tensors, *scalars):
     """What two calls must share for what was checked, and launched, of one to hold for the other;
     None where that cannot be said without a look at data, or a gradient may be wanted."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     key = list(scalars)
     for scalar in scalars:
@@ -150,13 +150,23 @@ def _signature(tensors, *scalars):
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif type(tensor) is torch.Tensor and tensor.is_cuda and not tensor.requires_grad:
+        elif _is_plain(tensor):
             key += (
                 tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15,
             )  # fmt: skip
         else:
             return None
     return tuple(key)
+
+
+def _is_plain(tensor) -> bool:
+    """Whether shape, strides and address say all that can matter of a tensor but its data."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cuda
+        and not tensor.requires_grad
+        and not tensor.is_nested
+    )
 
 
 def _problem(tensors, scalars):
