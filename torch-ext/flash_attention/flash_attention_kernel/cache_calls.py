@@ -134,6 +134,7 @@ def combine_launch(out_partial, lse_partial, out, lse, no_keys=float("inf")) -> 
         "NO_KEYS": no_keys,
         "PDL": has_pdl(out.device),
         "launch_pdl": has_pdl(out.device),
+        "enable_fp_fusion": True,
     }
     if not options["PDL"]:  # other backends do not know it
         del options["launch_pdl"]
@@ -184,6 +185,7 @@ def append_launch(
         "BLOCK_M": block_m,
         "BLOCK_D": block_d,
         "BLOCK_R": max(block_dim(max(rotary_dim, 1)), 2),
+        "enable_fp_fusion": True,
     }
     paging = append_paging(k_cache, block_table, batch_idx)
     counts = (

@@ -265,6 +265,7 @@ def rotary_launch(x, out, cos, sin, cu_seqlens, offsets, offset, interleaved, co
         "CONJUGATE": conjugate,
         "BLOCK_M": block_m,
         "BLOCK_D": block_d,
+        "enable_fp_fusion": True,
     }
     pointers, lengths = (cos, sin), (cu_seqlens, offsets)
     counts = (offset, cos.shape[0], rows, batch, tiles)
