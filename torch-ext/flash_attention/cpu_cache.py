@@ -73,7 +73,7 @@ def _places(cache, block_table, batch_idx, b, length, new):
         name = "the cache" if block_table is None else "block_table"
         raise RuntimeError(
             f"{name} has room for {capacity} rows of sequence {b}, but cache_seqlens is {length} "
-            f"and k has {new} more"
+            f"and k has {new} more: give it more rows, or pages"
         )
     skipped = min(max(-length, 0), new)
     pos = torch.arange(length + skipped, length + new)

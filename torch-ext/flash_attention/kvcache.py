@@ -86,7 +86,7 @@ def flash_attn_with_kvcache(
             of any lengths together. max_seqlen_q only helps to choose a kernel.
         batch_invariant: no bit of a sequence's result depends on the others, with splits of a fixed
             number of keys.
-        dropout_p, deterministic: must be 0.0; accepted (results are always repeatable).
+        dropout_p: must be 0.0. deterministic: accepted; results are always repeatable.
         q_descale, k_descale, v_descale: must be None (float8 is not implemented yet).
 
     Returns:
@@ -245,7 +245,7 @@ def _check_new(problem, k, v, cache_seqlens):
             where = "the cache" if problem.block_table is None else "block_table"
             raise RuntimeError(
                 f"{where} has room for {problem.rows_k()} rows of a sequence, but cache_seqlens is "
-                f"{cache_seqlens} and k has {k.shape[1]} more"
+                f"{cache_seqlens} and k has {k.shape[1]} more: give it more rows, or pages"
             )
 
 

@@ -190,6 +190,10 @@ class AttentionProblem(NamedTuple):
         """cu_seqlens_q to leftpad_k."""
         return self[3:8]
 
+    def pages(self):
+        """block_table and cache_batch_idx."""
+        return self[8:10]
+
     def differentiable(self):
         """attn_bias, alibi_slopes and s_aux: what besides q, k and v may want a gradient."""
         return self[10:13]

@@ -21,10 +21,8 @@ from .combine import Partial, combine_kernel
 from .common import Operand
 from .config import DECODE_ROWS, MAX_BLOCK_D, TileConfig, architecture, block_dim, choose_decode
 from .decode import decode_kernel
-from .pages import Paging
 from .seqlen import Lengths, num_tiles
 
-PROGRAMS_PER_CORE = 1  # twice as many read K and V no sooner, and leave more to merge
 FIXED_SPLIT = 2048  # keys per split where the batch must not matter
 COMBINE_TILE = 8192  # partial results that combine_kernel reads at once: 64 a thread
 
@@ -38,10 +36,11 @@ class Splits(NamedTuple):
 
 @functools.lru_cache(maxsize=None)
 def _programs_at_once(device) -> int:
-    """How many programs of decode_kernel fill the device."""
+    """How many programs of decode_kernel fill the device: one per multiprocessor. Twice as many
+    read K and V no sooner, and leave more to merge."""
     if device.type != "cuda":  # the interpreter, and XPU, whose properties have other names
         return 64
-    return PROGRAMS_PER_CORE * torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def decodes(problem) -> bool:
@@ -101,7 +100,7 @@ def decode_launch(problem, out, lse, splits: Splits, tile: Optional[TileConfig] 
     counts = (rows_q, rows_k, batch, tiles, group, splits.num, splits.keys, out_split)
     return Launch(
         decode_kernel, tiles * nheads_k * splits.num, operands, (lse,), problem.lengths(), counts,
-        (paging_of(problem), mods_of(problem)),
+        (paging_of(problem.k, *problem.pages()), mods_of(problem)),
         options_of(tile, spec, PARTIAL=partial, PDL=has_pdl(out.device)),
     )  # fmt: skip
 
@@ -149,12 +148,6 @@ def combine_launch(out_partial, lse_partial, out, lse, no_keys=float("inf")) -> 
     return Launch(combine_kernel, lse.numel(), operands, (), (), counts, (), options)
 
 
-def append_paging(k_cache, block_table, batch_idx) -> Paging:
-    """Where in a cache the sequences are."""
-    columns = 0 if block_table is None else block_table.stride(0)
-    return Paging(block_table, columns, batch_idx, k_cache.shape[0])
-
-
 def append_launch(
     q, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, block_table, batch_idx, q_out,
     seqused, interleaved, turn_each,
@@ -187,7 +180,7 @@ def append_launch(
         "BLOCK_R": max(block_dim(max(rotary_dim, 1)), 2),
         "enable_fp_fusion": True,
     }
-    paging = append_paging(k_cache, block_table, batch_idx)
+    paging = paging_of(k_cache, block_table, batch_idx)
     counts = (
         rows, rows_q, batch, pages * k_cache.shape[1], 0 if cos is None else cos.shape[0],
         tiles, tiles_q, nheads_k,

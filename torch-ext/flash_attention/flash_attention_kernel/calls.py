@@ -142,11 +142,10 @@ def mods_of(problem) -> Mods:
     return mods
 
 
-def paging_of(problem) -> Paging:
+def paging_of(k, block_table, cache_batch_idx) -> Paging:
     """Where in a cache the sequences are."""
-    table = problem.block_table
-    columns = 0 if table is None else table.stride(0)
-    return Paging(table, columns, problem.cache_batch_idx, problem.k.shape[0])
+    columns = 0 if block_table is None else block_table.stride(0)
+    return Paging(block_table, columns, cache_batch_idx, k.shape[0])
 
 
 def operand(tensor) -> Operand:
@@ -189,7 +188,7 @@ def _launch(kernel, problem, tile, operands, pointers, over_keys=False) -> Launc
     counts = (rows_q, rows_k, batch, tiles, nheads // nheads_k)
     others, defer_scale = (mods_of(problem),), False
     if kernel is forward_kernel:
-        others, defer_scale = (paging_of(problem), *others), True
+        others, defer_scale = (paging_of(problem.k, *problem.pages()), *others), True
     options = options_of(tile, spec_of(problem, defer_scale, tile.block_n))
     operands = tuple(map(operand, operands))
     return Launch(

@@ -160,7 +160,10 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     if not given:
         memo = _memo((tile, splits, *_signature(problem)))
     splits = splits or _splits_of(memo, problem, tile)
-    others = (tuple(calls.paging_of(problem)), _mods(problem, memo if given else {}))
+    others = (
+        tuple(calls.paging_of(problem.k, *problem.pages())),
+        _mods(problem, memo if given else {}),
+    )
     if splits is not None:
         _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
@@ -230,18 +233,8 @@ def append(
 ):  # fmt: skip
     """-> (seqused, q turned, or nothing of it without cos); see append_kv.py"""
     tensors = (
-        q,
-        k,
-        v,
-        k_cache,
-        v_cache,
-        cos,
-        sin,
-        cu_seqlens,
-        cache_seqlens,
-        block_table,
-        batch_idx,
-    )
+        q, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, block_table, batch_idx,
+    )  # fmt: skip
     seqused = torch.empty_like(cache_seqlens)
     q_out = q if cos is None else torch.empty_like(q)
 
@@ -252,14 +245,14 @@ def append(
     _call(
         _memo((q.device, interleaved, turn_each, *shapes)), "append", q.device,
         (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
-        (tuple(cache_calls.append_paging(k_cache, block_table, batch_idx)),), build,
+        (tuple(calls.paging_of(k_cache, block_table, batch_idx)),), build,
     )  # fmt: skip
     capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if not capturing and OVERFLOW.value in seqused.tolist():
         where = "the cache" if block_table is None else "block_table"
         raise RuntimeError(
             f"{where} has no room for all of k and v after cache_seqlens; what has none was not "
-            "written"
+            "written: give it more rows, or pages"
         )
     return seqused, q.new_empty(0) if q_out is q else q_out
 
