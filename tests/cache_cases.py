@@ -39,6 +39,8 @@ class CacheCase(NamedTuple):
         return self.lens_q or (self.queries,) * len(self.lens_k)
 
 
+MANY = tuple(n * 37 % 101 for n in range(70))
+
 SINGLE = [
     CacheCase("one"),
     CacheCase("causal", 4, causal=True),
@@ -70,6 +72,8 @@ SINGLE = [
     CacheCase("splits-window", 2, lens_k=(500, 9, 133), num_splits=3, window=(100, 0)),
     CacheCase("invariant", lens_k=(500, 0, 133), batch_invariant=True),
     CacheCase("invariant-long", lens_k=(4000, 7, 2049), capacity=4096, batch_invariant=True),
+    CacheCase("many", lens_k=MANY),  # more programs than run at once: the longest go first
+    CacheCase("many-pages", 2, lens_k=MANY, page=16, new=True, causal=True),
     CacheCase("packed", lens_q=(1, 5, 0), causal=True),
     CacheCase("packed-new", lens_q=(1, 70, 2), new=True, rotary_dim=32, page=16, causal=True),
     CacheCase("packed-splits", lens_q=(3, 1, 2), num_splits=2, sink=True),

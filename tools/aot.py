@@ -53,6 +53,9 @@ OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain ca
 PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so many rows
 
 
+PARKED = 32  # bytes that hopper/forward.py may keep in local memory from its start to its epilogue
+
+
 class Row(NamedTuple):
     """One kernel to compile: what selects a table row, varlen and options."""
 
@@ -160,6 +163,12 @@ def launch_for(row: Row, tile=None):
     problem = problem_for(row)
     if row.kernel == "decode":
         return decode_launch_for(row, problem, tile)
+    if row.kernel == "hopper":
+        hopper_calls = import_module(f"{package()}.flash_attention_kernel.hopper_calls")
+        counters = torch.empty(2, dtype=torch.int32, device="meta")
+        return hopper_calls.forward_launch(
+            problem, problem.empty_out(), problem.empty_lse(), counters, tile
+        )
     tile = tile or calls.tile_for(row.kernel, row.arch, problem)
     out, lse = problem.empty_out(), problem.empty_lse()
     _, (dq, dk, dv) = problem.empty_grads()
@@ -233,7 +242,16 @@ def rows(architectures, quick: bool):
             for kernel, options in (("forward", "plain"), ("dq", "alibi"), ("dkdv", "dropout")):
                 yield Row(arch, kernel, "fp16", 128, True, True, options)
             yield Row(arch, "decode", "fp16", 128, True, False, "page16", 16)
+            if arch == "sm_90":
+                for dim, varlen in itertools.product((64, 128), (False, True)):
+                    yield Row(arch, "hopper", "bf16", dim, True, varlen)
         return
+    if "sm_90" in architectures:
+        for dim, dtype, causal, varlen in itertools.product(
+            (64, 128), ("fp16", "bf16"), (False, True), (False, True)
+        ):
+            for options in ("plain", "window", "both", "sink"):
+                yield Row("sm_90", "hopper", dtype, dim, causal, varlen, options)
     for arch, dim in itertools.product(architectures, DIMS):
         for kernel in ("forward", "dq", "dkdv"):
             for dtype, causal in itertools.product(DTYPES, (False, True)):
@@ -272,7 +290,7 @@ def main():
             limit = limits[row.arch].shared_memory
             size = f"{row.kernel}/{DTYPES[row.dtype].itemsize}/{row.head_dim}"
             admitted = f"{size}/causal" in limits[row.arch].spilling
-            spills = report.spill_bytes and not admitted
+            spills = report.spill_bytes > (PARKED if row.kernel == "hopper" else 0) and not admitted
             good = report.shared <= limit and not spills and not report.serialized
             bad += not good
             record = {"triton": triton.__version__, **row._asdict(), **report._asdict()}

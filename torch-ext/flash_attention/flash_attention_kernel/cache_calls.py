@@ -24,6 +24,7 @@ from .decode import decode_kernel
 from .seqlen import Lengths, num_tiles
 
 FIXED_SPLIT = 2048  # keys per split where the batch must not matter
+MAX_SORTED = 128  # sequences that decode_kernel sorts by length, each program for itself
 COMBINE_TILE = 8192  # partial results that combine_kernel reads at once: 64 a thread
 
 
@@ -86,6 +87,16 @@ def splits_for(problem, tile: TileConfig) -> Splits:
     return Splits(max(min(_programs_at_once(p.q.device) // max(tiles, 1), blocks // 2, 128), 1))
 
 
+def _sorted(problem, tiles, programs) -> int:
+    """decode_kernel's SORTED: if each sequence is one tile, and their order counts, how many
+    there may be."""
+    p = problem
+    few = 1 < tiles <= MAX_SORTED and p.cu_seqlens_q is None and tiles == p.q.shape[0]
+    if not few or p.seqused_k is None or programs <= _programs_at_once(p.q.device):
+        return 0
+    return 1 << (tiles - 1).bit_length()
+
+
 def decode_launch(problem, out, lse, splits: Splits, tile: Optional[TileConfig] = None) -> Launch:
     """The call that fills `out` and `lse`, which have a leading dimension of the splits if there
     is more than one."""
@@ -101,7 +112,10 @@ def decode_launch(problem, out, lse, splits: Splits, tile: Optional[TileConfig] 
     return Launch(
         decode_kernel, tiles * nheads_k * splits.num, operands, (lse,), problem.lengths(), counts,
         (paging_of(problem.k, *problem.pages()), mods_of(problem)),
-        options_of(tile, spec, PARTIAL=partial, PDL=has_pdl(out.device)),
+        options_of(
+            tile, spec, PARTIAL=partial, PDL=has_pdl(out.device),
+            SORTED=_sorted(problem, tiles, tiles * nheads_k * splits.num),
+        ),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ MAX_BLOCK_D = 512  # decode_kernel takes what a head_dim has beyond it apart
 TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the next row up
 KERNELS = ("forward", "dq", "dkdv", "tiles", "decode")  # tiles: those of score_tiles.py
 DECODE_ROWS = (16, 32, 64)  # decode_kernel's BLOCK_M: the fewest that hold a sequence's rows
+HOPPER_DIMS = (64, 128)  # hopper/forward.py: a head_dim uses the next one up
 SMALL_PAGE = 128  # pages whose rows are no multiple of it may have tiles of their own
 
 
@@ -27,6 +28,16 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
+class HopperConfig:
+    """Tiles of hopper/forward.py: BLOCK_M query rows, 64 for each consumer, by BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    stages: int  # of the rings of K and V
+    overlap: bool  # rescale the output under the next QKᵀ; takes BLOCK_N / 2 registers more
+
+
+@dataclass(frozen=True)
 class Table:
     """One tuned/*.json: `rows` maps the keys of `row_key` to the four TileConfig fields."""
 
@@ -34,6 +45,7 @@ class Table:
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
     spilling: frozenset  # keys for which no tile was found that does not spill
+    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full' or 'causal'
 
 
 @functools.lru_cache(maxsize=None)
@@ -44,7 +56,8 @@ def tables():
         data = json.loads(path.read_text())
         rows = {key: TileConfig(*row["tile"]) for key, row in data["rows"].items()}
         spilling = frozenset(key for key, row in data["rows"].items() if row.get("spills"))
-        table = Table(tuple(data["architectures"]), data["shared_memory"], rows, spilling)
+        hopper = {key: HopperConfig(*row["tile"]) for key, row in data.get("hopper", {}).items()}
+        table = Table(tuple(data["architectures"]), data["shared_memory"], rows, spilling, hopper)
         by_architecture.update(dict.fromkeys(table.architectures, table))
     return by_architecture
 
@@ -140,3 +153,15 @@ def choose_decode(
     if page_size % SMALL_PAGE:
         return table.get(f"{key}/pages") or table[key]
     return table[key]
+
+
+def hopper_dim(head_dim: int) -> int:
+    """The columns that hopper/forward.py computes with."""
+    return next(dim for dim in HOPPER_DIMS if head_dim <= dim)
+
+
+@functools.lru_cache(maxsize=None)
+def choose_hopper(head_dim: int, masked: bool) -> HopperConfig:
+    """hopper/forward.py's config."""
+    kind = "causal" if masked else "full"
+    return table_for("sm_90").hopper[f"{hopper_dim(head_dim)}/{kind}"]

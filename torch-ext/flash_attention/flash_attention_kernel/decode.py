@@ -34,6 +34,17 @@ def load_packed(operand, seq, heads, rows, inside, COLS: tl.constexpr, DIM: tl.c
 
 
 @triton.jit
+def by_length(rank, lengths, batch, SIZE: tl.constexpr):
+    """Which of `batch` sequences, SIZE at most, is number `rank` from the longest."""
+    offs = tl.arange(0, SIZE)
+    length = tl.load(lengths + offs, mask=offs < batch, other=-1)
+    longer = length[None, :] > length[:, None]
+    before = (length[None, :] == length[:, None]) & (offs[None, :] < offs[:, None])
+    ranks = tl.sum((longer | before).to(tl.int32), 1)
+    return tl.sum(tl.where(ranks == rank, offs, 0), 0)
+
+
+@triton.jit
 def split_bounds(begin, end, split, num_splits, split_keys, BLOCK_N: tl.constexpr):
     """-> the part of the keys [begin, end) that is this split's, in whole blocks from `begin` on:
     an even share, or, if split_keys > 0, `split_keys` counted from key 0."""
@@ -53,14 +64,15 @@ def decode_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
     rows_q, rows_k, batch, num_tiles, group_size, num_splits, split_keys, out_split, paging, mods,
     SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PARTIAL: tl.constexpr, PDL: tl.constexpr,
+    PARTIAL: tl.constexpr, PDL: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads_k * num_splits,). Row r of a sequence's tiles is query
     r // group_size of query head r % group_size of the KV head's group.
 
     q, k, v, out are Operands, lse a pointer. PARTIAL: out and lse have a leading dimension of
     num_splits, of stride out_split for out, and a row without keys has lse -inf, not +inf. PDL:
-    combine_kernel may be launched once every program has begun; it waits for the end.
+    combine_kernel may be launched once every program has begun; it waits for the end. SORTED: a
+    tile is a sequence, of which there are at most SORTED; the longest go first; 0: as they come.
     """
     if PARTIAL and PDL:
         gdc_launch_dependents()
@@ -68,9 +80,14 @@ def decode_kernel(
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     nheads_k = tl.num_programs(0) // num_tiles // num_splits
     split = tl.program_id(0) % num_splits
-    tile = tl.program_id(0) // num_splits % num_tiles
-    head_k = tl.program_id(0) // num_splits // num_tiles
-    seq, block = find_block(tile, q_lengths, BLOCK_M, group_size)
+    place = tl.program_id(0) // num_splits
+    if SORTED > 0:  # all heads of the longest first
+        head_k = place % nheads_k
+        seq = by_length(place // nheads_k, seqused_k, batch, SORTED)
+        block = 0
+    else:
+        head_k = place // num_tiles
+        seq, block = find_block(place % num_tiles, q_lengths, BLOCK_M, group_size)
     q_first, seqlen_q = sequence_bounds(q_lengths, seq)
     k_first, seqlen_k = partner_bounds(k_lengths, seq, SPEC.page_size > 0)
     start_row = block * BLOCK_M

@@ -5,12 +5,15 @@ same shapes and strides only fills in the pointers.
 """
 
 import functools
+import logging
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Optional
 
 import torch
 import triton
+from triton.errors import TritonError
 
-from . import cache_calls, calls
+from . import cache_calls, calls, config
 from .append_kv import OVERFLOW
 from .cache_calls import Splits
 from .calls import Launch
@@ -24,11 +27,17 @@ class Plan(NamedTuple):
 
     compiled: Any  # None: nothing to launch
     programs: int
-    strides: tuple  # of each operand
+    layouts: tuple  # of each operand: its strides, or the fields of its tensor descriptor
     counts: tuple
     constexprs: tuple
 
 
+MIN_COUNTERS = 1024  # int32, for each stream that is used
+
+logger = logging.getLogger(__name__)
+
+_counters_of_stream = {}  # (device, stream) -> zeros
+_warned = set()
 _memos = {}  # signature -> memo: what is known of the calls that have it
 
 
@@ -82,9 +91,23 @@ def _call(memo, name, device, operands, pointers, lengths, others, build):
         # costs 19 us a call on an H200's host.
         compiled.run(
             plan.programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
-            None, None, None, *[(t, *strides) for t, strides in zip(operands, plan.strides)],
+            None, None, None, *map(_bound, operands, plan.layouts),
             *pointers, *lengths, *plan.counts, *others, *plan.constexprs,
         )  # fmt: skip
+
+
+def _layout_of(operand):
+    """An operand without its tensor."""
+    if isinstance(operand, tuple):
+        return operand[1:]
+    return {name: value for name, value in vars(operand).items() if name != "base"}
+
+
+def _bound(tensor, layout):
+    """An operand as a compiled kernel takes it: Triton reads a descriptor's fields, no more."""
+    if layout.__class__ is tuple:
+        return (tensor, *layout)
+    return SimpleNamespace(base=tensor, **layout)
 
 
 def _first_call(memo, name, launch: Launch):
@@ -97,7 +120,7 @@ def _first_call(memo, name, launch: Launch):
     memo[name] = Plan(
         compiled,
         launch.programs,
-        tuple(operand[1:] for operand in launch.operands),
+        tuple(map(_layout_of, launch.operands)),
         launch.counts,
         tuple(value for name, value in launch.options.items() if name.isupper()),
     )
@@ -145,6 +168,20 @@ def _readable(problem):
     return problem._replace(q=_by_rows(q), k=_by_rows(k), v=_by_rows(v))
 
 
+def _counters(device, number):
+    """`number` int32 zeros for a kernel that leaves zeros behind: those of the current stream, or,
+    while it is captured, new ones, as a graph may run beside other work of the stream."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(number, dtype=torch.int32, device=device)
+    key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
+    counters = _counters_of_stream.get(key)
+    if counters is None or counters.shape[0] < number:
+        room = max(MIN_COUNTERS, 1 << (number - 1).bit_length())
+        counters = torch.zeros(room, dtype=torch.int32, device=device)
+        _counters_of_stream[key] = counters
+    return counters
+
+
 @_on_device
 def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits] = None, memo=None):
     """-> (out, lse); by decode_kernel if `splits` are given, or else as cache_calls.decodes says.
@@ -167,11 +204,61 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     if splits is not None:
         _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
+    if tile is None and _takes_hopper(memo, problem):
+        if _by_hopper(memo, problem, out, lse, others[1:]):
+            return out, lse
     _call(
         memo, "forward", problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
         lambda: calls.forward_launch(problem, out, lse, tile),
     )  # fmt: skip
     return out, lse
+
+
+@functools.lru_cache(maxsize=None)
+def _hopper_calls():
+    """hopper_calls, imported at the first call that wants it; None: not under this Triton."""
+    try:
+        from . import hopper_calls
+    except ImportError as error:
+        _without_hopper(error)
+        return None
+    return hopper_calls
+
+
+def _without_hopper(error):
+    """Say, once, that the kernel for sm_90 is not to be had."""
+    if not _warned:
+        _warned.add("hopper")
+        logger.warning(
+            "the Hopper kernel does not work under Triton %s, the portable one takes its place: %s",
+            triton.__version__, str(error).strip().splitlines()[-1:],
+        )  # fmt: skip
+
+
+def _takes_hopper(memo, problem) -> bool:
+    """Whether the kernel for sm_90 serves this problem."""
+    if "takes_hopper" not in memo:
+        on_hopper = config.architecture(problem.q.device) == "sm_90"
+        hopper_calls = _hopper_calls() if on_hopper else None
+        memo["takes_hopper"] = hopper_calls is not None and hopper_calls.serves(problem)
+    return memo["takes_hopper"]
+
+
+def _by_hopper(memo, problem, out, lse, others) -> bool:
+    """Whether the kernel for sm_90 has been called; not where it does not compile."""
+    device, lengths = problem.q.device, problem.lengths()
+    counters = _counters(device, 2)
+    try:
+        _call(
+            memo, "hopper", device, (*problem[:3], out), (lse, counters), lengths, others,
+            lambda: _hopper_calls().forward_launch(problem, out, lse, counters),
+        )  # fmt: skip
+    except (TritonError, RuntimeError) as error:
+        if "hopper" in memo:  # it has run: this is another error
+            raise
+        _without_hopper(error)
+        memo["takes_hopper"] = False
+    return memo["takes_hopper"]
 
 
 def _splits_of(memo, problem, tile):

@@ -30,9 +30,10 @@ def right_reach(mods, SPEC: tl.constexpr):
 @triton.jit
 def keep_mask(q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr):
     """Which (query, key) pairs take part. Positions come broadcast, in whatever order suits."""
-    keep = k_pos < seqlen_k
-    if SPEC.causal or SPEC.right:
-        keep = keep & (k_pos <= q_pos + (shift + right_reach(mods, SPEC)))
+    last = seqlen_k - 1
+    if SPEC.causal or SPEC.right:  # one comparison a pair, not two
+        last = tl.minimum(q_pos + (shift + right_reach(mods, SPEC)), last)
+    keep = k_pos <= last
     if SPEC.left:
         keep = keep & (k_pos >= q_pos + (shift - mods.window_left))
     return keep

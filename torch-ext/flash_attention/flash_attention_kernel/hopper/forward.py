@@ -1,0 +1,339 @@
+"""Attention forward for sm_90: a warp fills rings of tiles, warp groups of 64 query rows multiply.
+
+Persistent: every program draws tiles, longest first, and loads the next under the end of this one.
+A consumer computes the softmax of a block, then has its PV and the next block's QKᵀ in flight
+together; the tensor cores work for one consumer while the others are at their softmax, as in
+FlashAttention-3 (Shah et al. 2024). What is carried round the loop is a block's scores, in float32:
+its weights in half precision cost 64 instructions a step to unpack and pack again.
+"""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..common import LN2, LOG2E, at_head, row_at_head, row_operand
+from ..masks import diagonal_shift, keep_mask
+from ..scores import exponent_scale, mods_at_head, score
+from ..seqlen import Lengths
+from ..softmax import softmax_step
+from .pipeline import make_channel, make_notes
+from .schedule import TILE_FIELDS, Call, Schedule, draw, find_tile, leave, received_tile, send_end
+
+ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
+
+
+class Rings(NamedTuple):
+    """What passes between the warps."""
+
+    q: Any
+    k: Any
+    v: Any
+    notes: Any
+
+
+@gluon.constexpr_function
+def product_layout(COLS):
+    """Of a product [ROWS, COLS] of one warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+
+
+@gluon.jit
+def load(
+    rings, call, q, k, v, group_size,
+    SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """The producer: draws tiles; of each loads Q, then keys and values, last block first."""
+    q_count = 0
+    kv_count = 0
+    tile_count = 0
+    index = draw(call.schedule, tile_count)
+    while index < call.schedule.total:
+        tile = find_tile(index, call, SPEC, BLOCK_M, BLOCK_N)
+        rings.notes.send(tile, tile_count)
+        tile_count += 1
+        head_k = tile.head // group_size
+        q_entry = 0
+        k_entry = 0
+        if call.q_lengths.cu_seqlens is None:
+            q_entry = tile.seq
+        if call.k_lengths.cu_seqlens is None:
+            k_entry = tile.seq
+        for i in range(tile.blocks):
+            row = tile.k_first + tile.last_n - i * BLOCK_N
+            rings.k.fill(k, [k_entry, row, head_k, 0], kv_count)
+            if i == 0:
+                for part in gl.static_range(BLOCK_M // ROWS):
+                    q_row = tile.q_first + tile.start_m + part * ROWS
+                    rings.q.fill(q, [q_entry, q_row, tile.head, 0], q_count)
+                    q_count += 1
+            rings.v.fill(v, [k_entry, row, head_k, 0], kv_count)
+            kv_count += 1
+        index = draw(call.schedule, tile_count)
+    send_end(rings.notes, tile_count)
+    leave(call.schedule)
+
+
+@gluon.jit
+def scrub(v_tile, rows, ROWS_V: gl.constexpr, COLS: gl.constexpr):
+    """Zero the rows of V from `rows` on, which belong to another sequence: 0 * NaN is NaN."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    offs = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
+    for first in gl.static_range(0, ROWS_V, 16):
+        if first + 16 > rows:
+            part = v_tile.slice(first, 16)
+            values = part.load(LAYOUT)
+            keep = (first + offs < rows)[:, None]
+            part.store(gl.where(keep, values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, MASKED: gl.constexpr):
+    """The scores of block i from its products; -inf, if MASKED, where the mask hides the key."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
+    k_pos = tile.last_n - i * qk.shape[1] + gl.arange(0, qk.shape[1], layout=LAYOUT)
+    scores = score(qk, q_pos[:, None], k_pos[None, :], mods, head_mods, SPEC)
+    if MASKED:
+        keep = keep_mask(q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC)
+        scores = gl.where(keep, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def rescaled(acc, alpha):
+    """The output so far, acc, times its rows' alpha."""
+    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def factor(weights, acc, DTYPE: gl.constexpr):
+    """Softmax weights as the left factor of the product with V, in registers."""
+    return gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
+
+
+@gluon.jit
+def first_products(q_tile, k_count, rings, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """QKᵀ of a tile's first block [ROWS, BLOCK_N]."""
+    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
+    k_tile = rings.k.receive(k_count, BLOCK_N, BLOCK_D)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    qk = warpgroup_mma_wait(0, deps=[qk])
+    rings.k.release(k_count)
+    return qk
+
+
+@gluon.jit
+def clean(v_tiles, count, tile, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Scrub V's first block, which alone may have rows of another sequence."""
+    if tile.seqlen_k < tile.last_n + BLOCK_N:
+        scrub(
+            v_tiles.receive(count, BLOCK_N, BLOCK_D), tile.seqlen_k - tile.last_n, BLOCK_N, BLOCK_D
+        )
+
+
+@gluon.jit
+def step(
+    acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+    SPEC: gl.constexpr, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Block i's softmax; then QKᵀ of the next and its PV."""
+    scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC, MASKED)
+    scale = exponent_scale(mods, SPEC)
+    weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, scale, MASKED)
+    if not OVERLAP:  # takes fewer registers
+        acc = rescaled(acc, alpha)
+        p = factor(weights, acc, q_tile.dtype)
+    k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, BLOCK_D)
+    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
+    qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    # The wait comes here for its branch, across which ptxas moves nothing.
+    v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_D)
+    if OVERLAP:
+        acc = rescaled(acc, alpha)
+        p = factor(weights, acc, q_tile.dtype)
+    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+    qk = warpgroup_mma_wait(1, deps=[qk])
+    rings.k.release(kv_count + i + 1)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    rings.v.release(kv_count + i)
+    return acc, l_i, m_i, qk
+
+
+@gluon.jit
+def attend(
+    q_count, q_pos, tile, l_i, m_i, kv_count, rings, mods, head_mods,
+    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """-> (acc [ROWS, BLOCK_D], l_i, m_i) over all the tile's keys."""
+    O_LAYOUT: gl.constexpr = product_layout(BLOCK_D)
+    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+    last = tile.blocks - 1
+    if last >= 0:
+        q_tile = rings.q.receive(q_count, ROWS, BLOCK_D)
+        qk = first_products(q_tile, kv_count, rings, BLOCK_N, BLOCK_D)
+        if SCRUB:
+            clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_D)
+        full_from = gl.minimum(tile.masked_end, last)
+        full_to = last
+        if SPEC.left:
+            full_to = gl.maximum(gl.minimum(tile.blocks - tile.masked_begin, last), full_from)
+        for i in range(0, full_from):
+            acc, l_i, m_i, qk = step(
+                acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+                SPEC, True, BLOCK_N, BLOCK_D, OVERLAP,
+            )  # fmt: skip
+        for i in range(full_from, full_to):
+            acc, l_i, m_i, qk = step(
+                acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+                SPEC, False, BLOCK_N, BLOCK_D, OVERLAP,
+            )  # fmt: skip
+        if SPEC.left:
+            for i in range(full_to, last):
+                acc, l_i, m_i, qk = step(
+                    acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+                    SPEC, True, BLOCK_N, BLOCK_D, OVERLAP,
+                )  # fmt: skip
+        rings.q.release(q_count)
+        scores = scores_of(qk, last, q_pos, tile, mods, head_mods, SPEC, True)
+        weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
+        acc = rescaled(acc, alpha)
+        p = factor(weights, acc, q_tile.dtype)
+        v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_D)
+        acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        rings.v.release(kv_count + last)
+    return acc, l_i, m_i
+
+
+@gluon.jit
+def store(out, lse, acc, l_i, m_i, q_pos, tile, scale, FIRST: gl.constexpr, DIM: gl.constexpr):
+    """Normalise and write the tile's rows of out and lse from FIRST on; 0 and +inf where there was
+    no key."""
+    empty = l_i == 0.0
+    inverse = 1.0 / gl.where(empty, 1.0, l_i)
+    natural = (m_i * scale + gl.log2(l_i)) * LN2
+    gl.store(lse.ptr + q_pos, gl.where(empty, float("inf"), natural), mask=q_pos < tile.seqlen_q)
+    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
+    COLS: gl.constexpr = acc.shape[1]
+    # Whole rows, 16 bytes a thread: stored as the products lie, 4 bytes, a tile took 2 us longer.
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
+    result = gl.convert_layout(acc.to(out.ptr.dtype.element_ty), LAYOUT)
+    rows = tile.start_m + FIRST + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
+    ptrs = out.ptr + rows.to(gl.int64)[:, None] * out.seq + cols[None, :] * out.dim
+    gl.store(ptrs, result, mask=(rows < tile.seqlen_q)[:, None] & (cols < DIM)[None, :])
+
+
+@gluon.jit
+def multiply(
+    rings, call, out, lse, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Consumer number WHICH: rows WHICH * ROWS and on of every tile."""
+    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    q_count = WHICH
+    kv_count = 0
+    tile_count = 0
+    mods = call.mods
+    scale = exponent_scale(mods, SPEC)
+    rings.notes.wait(tile_count)
+    blocks = rings.notes.field(tile_count, 0)
+    while blocks >= 0:
+        tile = received_tile(rings.notes, blocks, tile_count)
+        shift = diagonal_shift(tile.seqlen_q, tile.seqlen_k, SPEC)
+        tile_count += 1
+        if tile.start_m >= 0:
+            q_pos = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
+            exists = tile.seq < call.q_lengths.batch
+            head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
+            m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+            l_i = gl.zeros([ROWS], gl.float32, ROW)
+            if mods.sink_ptr is not None:
+                sink_log2 = gl.load(mods.sink_ptr + tile.head).to(gl.float32) * LOG2E
+                there = exists & (sink_log2 != float("-inf"))
+                l_i += gl.where(there, 1.0, 0.0)
+                m_i = gl.where(there, sink_log2 / scale, m_i)
+            acc, l_i, m_i = attend(
+                q_count, q_pos, tile, l_i, m_i, kv_count, rings, mods, head_mods,
+                SPEC, SCRUB, BLOCK_N, BLOCK_D, OVERLAP,
+            )  # fmt: skip
+            rows = row_operand(lse, call.nheads, call.q_lengths)
+            store(
+                at_head(out, tile.seq, tile.head, tile.q_first),
+                row_at_head(rows, tile.seq, tile.head, tile.q_first),
+                acc, l_i, m_i, q_pos, tile, scale, WHICH * ROWS, SPEC.head_dim_v,
+            )  # fmt: skip
+            if tile.blocks > 0:
+                q_count += BLOCK_M // ROWS
+                kv_count += tile.blocks
+        rings.notes.wait(tile_count)
+        blocks = rings.notes.field(tile_count, 0)
+
+
+@gluon.jit(do_not_specialize=("rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total"))
+def hopper_forward_kernel(
+    q, k, v, out, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
+    rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group, mods,
+    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+):  # fmt: skip
+    """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
+    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand, lse a
+    pointer, counters Schedule's."""
+    q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
+    k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
+    schedule = Schedule(per_head, heads, total, head_group, counters)
+    CONSUMERS: gl.constexpr = BLOCK_M // ROWS
+    q_tiles = make_channel(q, CONSUMERS, 1)  # a consumer's rows each
+    k_tiles = make_channel(k, STAGES, CONSUMERS)
+    v_tiles = make_channel(v, STAGES, CONSUMERS)
+    notes = make_notes(TILE_FIELDS, CONSUMERS)
+    rings = Rings(q_tiles, k_tiles, v_tiles, notes)
+    call = Call(q_lengths, k_lengths, mods, nheads, schedule)
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (
+                    multiply,
+                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                ),
+                (
+                    multiply,
+                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                ),
+                (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
+            ],
+            [4, 4],
+            [240, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    multiply,
+                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                ),
+                (
+                    multiply,
+                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                ),
+                (
+                    multiply,
+                    (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                ),
+                (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
+            ],
+            [4, 4, 4],
+            [160, 160, 24],
+        )

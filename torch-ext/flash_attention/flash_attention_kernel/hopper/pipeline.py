@@ -1,0 +1,132 @@
+"""Rings in shared memory between a warp that fills them and the warp groups that read them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .compat import aggregate, async_load
+
+
+@aggregate
+class Channel:
+    """A ring of tiles. `ready`: the copy engine has filled one; `free`: every consumer has read it.
+    Both sides count the tiles that passed, from 0."""
+
+    tiles: gl.shared_memory_descriptor  # [STAGES, *block of the descriptor]
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+    BYTES: gl.constexpr  # of a tile
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, ready, free, STAGES, BYTES):
+        self.tiles = tiles
+        self.ready = ready
+        self.free = free
+        self.STAGES = gl.constexpr(STAGES)
+        self.BYTES = gl.constexpr(BYTES)
+
+    @gluon.jit
+    def fill(self, desc, coords, count):
+        """Copy the block of `desc` at `coords` into the ring, as tile number `count`."""
+        slot = count % self.STAGES
+        mbarrier.wait(self.free.index(slot), (count // self.STAGES & 1) ^ 1)
+        barrier = self.ready.index(slot)
+        mbarrier.expect(barrier, self.BYTES)
+        async_load(desc, coords, barrier, self.tiles.index(slot))
+
+    @gluon.jit
+    def wait(self, count):
+        """Wait for tile number `count`."""
+        mbarrier.wait(self.ready.index(count % self.STAGES), count // self.STAGES & 1)
+
+    @gluon.jit
+    def tile(self, count, ROWS: gl.constexpr, COLS: gl.constexpr):
+        """Tile number `count`, [ROWS, COLS] in shared memory, for which `wait` has waited."""
+        return self.tiles.index(count % self.STAGES).reshape([ROWS, COLS])
+
+    @gluon.jit
+    def receive(self, count, ROWS: gl.constexpr, COLS: gl.constexpr):
+        """Wait for tile number `count` -> it."""
+        self.wait(count)
+        return self.tile(count, ROWS, COLS)
+
+    @gluon.jit
+    def release(self, count):
+        """Tile number `count` may be overwritten, as far as this consumer goes."""
+        mbarrier.arrive(self.free.index(count % self.STAGES), count=1)
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """[STAGES] mbarriers that complete at ARRIVALS."""
+    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(barriers.index(slot), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring for blocks of `desc`, read by CONSUMERS warp groups."""
+    tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+    ready, free = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
+    return Channel(tiles, ready, free, STAGES, desc.block_type.nbytes)
+
+
+@aggregate
+class Notes:
+    """A ring of two notes of FIELDS numbers, each of which every consumer reads."""
+
+    numbers: gl.shared_memory_descriptor  # [2 * FIELDS, 1] int32
+    ready: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+    FIELDS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, numbers, ready, free, FIELDS):
+        self.numbers = numbers
+        self.ready = ready
+        self.free = free
+        self.FIELDS = gl.constexpr(FIELDS)
+
+    @gluon.jit
+    def send(self, fields, count):
+        """Hand on note number `count`."""
+        slot = count % 2
+        mbarrier.wait(self.free.index(slot), (count // 2 & 1) ^ 1)
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        for i in gl.static_range(self.FIELDS):
+            number = gl.full([1], fields[i], gl.int32, LAYOUT)
+            self.numbers.index(slot * self.FIELDS + i).store(number)
+        mbarrier.arrive(self.ready.index(slot), count=1)
+
+    @gluon.jit
+    def wait(self, count):
+        """Wait for note number `count`."""
+        mbarrier.wait(self.ready.index(count % 2), count // 2 & 1)
+
+    @gluon.jit
+    def field(self, count, i: gl.constexpr):
+        """Field number `i` of note number `count`, for which `wait` has waited."""
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        number = self.numbers.index(count % 2 * self.FIELDS + i).load(LAYOUT)
+        # All threads have the same: this leaves it in a uniform register, and what follows of it.
+        number = gl.inline_asm_elementwise(
+            "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [number],
+            dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        return gl.max(number, 0)
+
+    @gluon.jit
+    def release(self, count):
+        """Note number `count` may be overwritten, as far as this consumer goes."""
+        mbarrier.arrive(self.free.index(count % 2), count=1)
+
+
+@gluon.jit
+def make_notes(FIELDS: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Notes for CONSUMERS warp groups."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    numbers = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], LAYOUT)
+    return Notes(numbers, make_barriers(2, 1), make_barriers(2, CONSUMERS), FIELDS)

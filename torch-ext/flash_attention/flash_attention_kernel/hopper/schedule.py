@@ -1,0 +1,119 @@
+"""Which tiles of queries there are, and in which order programs take them."""
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..masks import diagonal_shift, kv_block_range
+from ..seqlen import find_block, partner_bounds, sequence_bounds
+
+
+class Schedule(NamedTuple):
+    """The tiles, longest first, of `group` heads after those of the `group` before."""
+
+    per_head: int  # tiles of one head: of one sequence, or, packed, of all
+    heads: int  # times sequences, where these are not packed
+    total: int
+    group: int  # heads whose K and V are in the L2 together
+    counters: (
+        Any  # [2] int32, 0 and left so: tiles drawn beyond each program's first, programs done
+    )
+
+
+class Call(NamedTuple):
+    """What is the same for all tiles."""
+
+    q_lengths: Any
+    k_lengths: Any
+    mods: Any
+    nheads: int
+    schedule: Any
+
+
+class Tile(NamedTuple):
+    """BLOCK_M query rows of one head, and the keys that they see."""
+
+    blocks: Any  # of keys; negative: there are no more tiles
+    seq: Any
+    head: Any
+    start_m: Any  # negative: there is no such tile
+    q_first: Any
+    seqlen_q: Any
+    k_first: Any
+    seqlen_k: Any
+    last_n: Any  # where the last block of keys begins, which is the first to be visited
+    masked_end: Any  # how many of the first, and of the last that are visited, need a mask
+    masked_begin: Any
+
+
+TILE_FIELDS: gl.constexpr = gl.constexpr(len(Tile._fields))
+
+
+@gluon.jit
+def draw(schedule, count):
+    """A program's tile number `count`: the next that nobody has drawn."""
+    drawn = gl.program_id(0)
+    if count > 0:
+        drawn = gl.num_programs(0) + gl.atomic_add(schedule.counters, 1, sem="relaxed")
+    return drawn
+
+
+@gluon.jit
+def leave(schedule):
+    """Say that this program draws no more; the last one leaves the counters as they were."""
+    done = gl.atomic_add(schedule.counters + 1, 1, sem="acq_rel")
+    if done == gl.num_programs(0) - 1:
+        gl.store(schedule.counters, 0)
+        gl.store(schedule.counters + 1, 0)
+
+
+@gluon.jit
+def send_end(notes, count):
+    """Tell the consumers that there are no more tiles."""
+    notes.send(Tile(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), count)
+
+
+@gluon.jit
+def received_tile(notes, blocks, count):
+    """The tile that is note number `count`, of so many blocks."""
+    tile = Tile(
+        blocks, notes.field(count, 1), notes.field(count, 2), notes.field(count, 3),
+        notes.field(count, 4), notes.field(count, 5), notes.field(count, 6), notes.field(count, 7),
+        notes.field(count, 8), notes.field(count, 9), notes.field(count, 10),
+    )  # fmt: skip
+    notes.release(count)
+    return tile
+
+
+@gluon.jit
+def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Tile number `index`: blocks in the outer, the heads of a group in the inner loop, last rows,
+    which see most keys, first."""
+    schedule = call.schedule
+    in_group = schedule.group * schedule.per_head
+    group = index // in_group
+    rest = index % in_group
+    members = gl.minimum(schedule.group, schedule.heads - group * schedule.group)
+    head = group * schedule.group + rest % members
+    block = schedule.per_head - 1 - rest // members
+    seq = 0
+    if call.q_lengths.cu_seqlens is None:
+        seq = head // call.nheads
+        head = head % call.nheads
+    else:
+        seq, block = find_block(block, call.q_lengths, BLOCK_M)
+    q_first, seqlen_q = sequence_bounds(call.q_lengths, seq)
+    k_first, seqlen_k = partner_bounds(call.k_lengths, seq)
+    shift = diagonal_shift(seqlen_q, seqlen_k, SPEC)
+    start_m = block * BLOCK_M
+    begin, full_begin, full_end, end = kv_block_range(
+        start_m, BLOCK_M, shift, seqlen_k, call.mods, SPEC, BLOCK_N
+    )
+    exists = (start_m >= 0) & (start_m < seqlen_q)
+    blocks = gl.where(exists, (gl.maximum(end - begin, 0) + BLOCK_N - 1) // BLOCK_N, 0)
+    masked_end = (gl.maximum(end - full_end, 0) + BLOCK_N - 1) // BLOCK_N
+    return Tile(
+        blocks, seq, head, gl.where(exists, start_m, -1), q_first, seqlen_q, k_first, seqlen_k,
+        begin + (blocks - 1) * BLOCK_N, masked_end, (full_begin - begin) // BLOCK_N,
+    )  # fmt: skip
