@@ -52,6 +52,8 @@ def test_portable_cases(kernel, launch, device, name):
 
 LONG = [
     Case("long", 1000, 1100, batch=3, nheads=3, nheads_k=3, head_dim=128),
+    Case("long-full-tiles", 512, 512, nheads=4, nheads_k=4, head_dim=128),
+    Case("long-full-tiles-64", 768, 1024, nheads=4, nheads_k=4, head_dim=64),
     Case("long-causal", 1500, 1500, nheads=4, nheads_k=1, head_dim=128, causal=True),
     Case("long-64", 1500, 1300, nheads=4, nheads_k=2, head_dim=64),
     Case("long-64-window", 1500, 1500, nheads=4, nheads_k=4, head_dim=64, window=(200, 70)),

@@ -34,7 +34,6 @@ class HopperConfig:
     block_m: int
     block_n: int
     stages: int  # of the rings of K and V
-    overlap: bool  # rescale the output under the next QKᵀ; takes BLOCK_N / 2 registers more
 
 
 @dataclass(frozen=True)

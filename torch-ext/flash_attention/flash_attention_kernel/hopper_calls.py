@@ -97,7 +97,6 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
         "STAGES": tile.stages,
-        "OVERLAP": tile.overlap,
         "num_warps": 4,
         "enable_fp_fusion": True,
     }

@@ -23,7 +23,17 @@ from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step
 from .pipeline import make_channel, make_notes
-from .schedule import TILE_FIELDS, Call, Schedule, draw, find_tile, leave, received_tile, send_end
+from .schedule import (
+    TILE_FIELDS,
+    Call,
+    Schedule,
+    blocks_of_note,
+    draw,
+    find_tile,
+    leave,
+    received_tile,
+    send_end,
+)
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
 
@@ -118,14 +128,27 @@ def factor(weights, acc, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def first_products(q_tile, k_count, rings, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
-    """QKᵀ of a tile's first block [ROWS, BLOCK_N]."""
+def first_products(blocks, q_count, k_count, rings, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """QKᵀ of the first block of a tile [ROWS, BLOCK_N], under way; of no use if `blocks` < 1."""
+    if blocks > 0:
+        rings.q.wait(q_count)
+        rings.k.wait(k_count)
     S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
-    k_tile = rings.k.receive(k_count, BLOCK_N, BLOCK_D)
+    q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
+    k_tile = rings.k.tile(k_count, BLOCK_N, BLOCK_D)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def first_products_alone(
+    blocks, q_count, k_count, rings, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
+):
+    """`first_products`, waited for."""
+    qk = first_products(blocks, q_count, k_count, rings, BLOCK_N, BLOCK_D)
     qk = warpgroup_mma_wait(0, deps=[qk])
-    rings.k.release(k_count)
+    if blocks > 0:
+        rings.k.release(k_count)
     return qk
 
 
@@ -142,24 +165,18 @@ def clean(v_tiles, count, tile, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
 def step(
     acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
     SPEC: gl.constexpr, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """Block i's softmax; then QKᵀ of the next and its PV."""
     scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC, MASKED)
     scale = exponent_scale(mods, SPEC)
     weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, scale, MASKED)
-    if not OVERLAP:  # takes fewer registers
-        acc = rescaled(acc, alpha)
-        p = factor(weights, acc, q_tile.dtype)
+    acc = rescaled(acc, alpha)
+    p = factor(weights, acc, q_tile.dtype)
     k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, BLOCK_D)
     S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    # The wait comes here for its branch, across which ptxas moves nothing.
     v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_D)
-    if OVERLAP:
-        acc = rescaled(acc, alpha)
-        p = factor(weights, acc, q_tile.dtype)
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
     rings.k.release(kv_count + i + 1)
@@ -169,50 +186,71 @@ def step(
 
 
 @gluon.jit
-def attend(
-    q_count, q_pos, tile, l_i, m_i, kv_count, rings, mods, head_mods,
-    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    OVERLAP: gl.constexpr,
+def last_step(
+    acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, mods, head_mods,
+    SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """-> (acc [ROWS, BLOCK_D], l_i, m_i) over all the tile's keys."""
+    """The last block's softmax; then QKᵀ of the next tile's first block and this one's PV.
+    -> (acc, l_i, m_i, qk, the next tile's blocks)"""
+    last = tile.blocks - 1
+    scores = scores_of(qk, last, q_pos, tile, mods, head_mods, SPEC, True)
+    weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
+    acc = rescaled(acc, alpha)
+    p = factor(weights, acc, rings.q.tiles.dtype)
+    blocks = blocks_of_note(rings.notes, tile_count)
+    next_k = kv_count + tile.blocks
+    qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, BLOCK_N, BLOCK_D)
+    v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_D)
+    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+    qk = warpgroup_mma_wait(1, deps=[qk])
+    if blocks > 0:
+        rings.k.release(next_k)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    rings.v.release(kv_count + last)
+    return acc, l_i, m_i, qk, blocks
+
+
+@gluon.jit
+def attend(
+    qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
+    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """All the tile's keys, from the products of the first block on.
+    -> (acc [ROWS, BLOCK_D], l_i, m_i, first products of the next tile, its blocks)"""
     O_LAYOUT: gl.constexpr = product_layout(BLOCK_D)
     acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
     last = tile.blocks - 1
-    if last >= 0:
-        q_tile = rings.q.receive(q_count, ROWS, BLOCK_D)
-        qk = first_products(q_tile, kv_count, rings, BLOCK_N, BLOCK_D)
-        if SCRUB:
-            clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_D)
-        full_from = gl.minimum(tile.masked_end, last)
-        full_to = last
-        if SPEC.left:
-            full_to = gl.maximum(gl.minimum(tile.blocks - tile.masked_begin, last), full_from)
-        for i in range(0, full_from):
+    q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
+    if SCRUB:
+        clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_D)
+    # At least one step of the first loop: where it was skipped, ptxas 12.8 (Triton 3.6) left the
+    # second without Q's descriptor, whose computation it had put before the first alone.
+    full_from = gl.minimum(gl.maximum(tile.masked_end, 1), last)
+    full_to = last
+    if SPEC.left:
+        full_to = gl.maximum(gl.minimum(tile.blocks - tile.masked_begin, last), full_from)
+    for i in range(0, full_from):
+        acc, l_i, m_i, qk = step(
+            acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+            SPEC, True, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for i in range(full_from, full_to):
+        acc, l_i, m_i, qk = step(
+            acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+            SPEC, False, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    if SPEC.left:
+        for i in range(full_to, last):
             acc, l_i, m_i, qk = step(
                 acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                SPEC, True, BLOCK_N, BLOCK_D, OVERLAP,
+                SPEC, True, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        for i in range(full_from, full_to):
-            acc, l_i, m_i, qk = step(
-                acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                SPEC, False, BLOCK_N, BLOCK_D, OVERLAP,
-            )  # fmt: skip
-        if SPEC.left:
-            for i in range(full_to, last):
-                acc, l_i, m_i, qk = step(
-                    acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                    SPEC, True, BLOCK_N, BLOCK_D, OVERLAP,
-                )  # fmt: skip
-        rings.q.release(q_count)
-        scores = scores_of(qk, last, q_pos, tile, mods, head_mods, SPEC, True)
-        weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
-        acc = rescaled(acc, alpha)
-        p = factor(weights, acc, q_tile.dtype)
-        v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_D)
-        acc = warpgroup_mma(p, v_tile, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        rings.v.release(kv_count + last)
-    return acc, l_i, m_i
+    rings.q.release(q_count)
+    return last_step(
+        acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, mods, head_mods,
+        SPEC, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -235,9 +273,22 @@ def store(out, lse, acc, l_i, m_i, q_pos, tile, scale, FIRST: gl.constexpr, DIM:
 
 
 @gluon.jit
+def initial_rows(mods, head, exists, scale, ROW: gl.constexpr):
+    """-> (l_i, m_i) [ROWS] before the first key; see softmax.initial_state."""
+    l_i = gl.zeros([ROWS], gl.float32, ROW)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+    if mods.sink_ptr is not None:
+        sink_log2 = gl.load(mods.sink_ptr + head).to(gl.float32) * LOG2E
+        there = exists & (sink_log2 != float("-inf"))
+        l_i += gl.where(there, 1.0, 0.0)
+        m_i = gl.where(there, sink_log2 / scale, m_i)
+    return l_i, m_i
+
+
+@gluon.jit
 def multiply(
     rings, call, out, lse, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, OVERLAP: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """Consumer number WHICH: rows WHICH * ROWS and on of every tile."""
     S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
@@ -247,38 +298,35 @@ def multiply(
     tile_count = 0
     mods = call.mods
     scale = exponent_scale(mods, SPEC)
-    rings.notes.wait(tile_count)
-    blocks = rings.notes.field(tile_count, 0)
+    blocks = blocks_of_note(rings.notes, tile_count)
+    qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
     while blocks >= 0:
         tile = received_tile(rings.notes, blocks, tile_count)
         shift = diagonal_shift(tile.seqlen_q, tile.seqlen_k, SPEC)
         tile_count += 1
-        if tile.start_m >= 0:
-            q_pos = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
-            exists = tile.seq < call.q_lengths.batch
-            head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
-            m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
-            l_i = gl.zeros([ROWS], gl.float32, ROW)
-            if mods.sink_ptr is not None:
-                sink_log2 = gl.load(mods.sink_ptr + tile.head).to(gl.float32) * LOG2E
-                there = exists & (sink_log2 != float("-inf"))
-                l_i += gl.where(there, 1.0, 0.0)
-                m_i = gl.where(there, sink_log2 / scale, m_i)
-            acc, l_i, m_i = attend(
-                q_count, q_pos, tile, l_i, m_i, kv_count, rings, mods, head_mods,
-                SPEC, SCRUB, BLOCK_N, BLOCK_D, OVERLAP,
+        q_pos = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
+        exists = tile.seq < call.q_lengths.batch
+        head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
+        l_i, m_i = initial_rows(mods, tile.head, exists, scale, ROW)
+        if tile.blocks > 0:
+            acc, l_i, m_i, qk, blocks = attend(
+                qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
+                SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+            q_count += BLOCK_M // ROWS
+            kv_count += tile.blocks
+        else:
+            O_LAYOUT: gl.constexpr = product_layout(BLOCK_D)
+            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+            blocks = blocks_of_note(rings.notes, tile_count)
+            qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
+        if tile.start_m >= 0:
             rows = row_operand(lse, call.nheads, call.q_lengths)
             store(
                 at_head(out, tile.seq, tile.head, tile.q_first),
                 row_at_head(rows, tile.seq, tile.head, tile.q_first),
                 acc, l_i, m_i, q_pos, tile, scale, WHICH * ROWS, SPEC.head_dim_v,
             )  # fmt: skip
-            if tile.blocks > 0:
-                q_count += BLOCK_M // ROWS
-                kv_count += tile.blocks
-        rings.notes.wait(tile_count)
-        blocks = rings.notes.field(tile_count, 0)
 
 
 @gluon.jit(do_not_specialize=("rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total"))
@@ -286,7 +334,7 @@ def hopper_forward_kernel(
     q, k, v, out, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
     rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group, mods,
     SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
     (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand, lse a
@@ -295,7 +343,7 @@ def hopper_forward_kernel(
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
-    q_tiles = make_channel(q, CONSUMERS, 1)  # a consumer's rows each
+    q_tiles = make_channel(q, 2 * CONSUMERS, 1)  # of two tiles, a consumer's rows each
     k_tiles = make_channel(k, STAGES, CONSUMERS)
     v_tiles = make_channel(v, STAGES, CONSUMERS)
     notes = make_notes(TILE_FIELDS, CONSUMERS)
@@ -306,11 +354,11 @@ def hopper_forward_kernel(
             [
                 (
                     multiply,
-                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
                 ),
                 (
                     multiply,
-                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
                 ),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
@@ -322,15 +370,15 @@ def hopper_forward_kernel(
             [
                 (
                     multiply,
-                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
                 ),
                 (
                     multiply,
-                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
                 ),
                 (
                     multiply,
-                    (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, OVERLAP),
+                    (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
                 ),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],

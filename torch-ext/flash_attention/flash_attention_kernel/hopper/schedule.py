@@ -75,6 +75,13 @@ def send_end(notes, count):
 
 
 @gluon.jit
+def blocks_of_note(notes, count):
+    """Wait for note number `count` -> its tile's blocks, negative at the end."""
+    notes.wait(count)
+    return notes.field(count, 0)
+
+
+@gluon.jit
 def received_tile(notes, blocks, count):
     """The tile that is note number `count`, of so many blocks."""
     tile = Tile(
