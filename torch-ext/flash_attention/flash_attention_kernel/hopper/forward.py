@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import LN2, LOG2E, at_head, row_at_head, row_operand
-from ..masks import diagonal_shift, keep_mask
+from ..masks import diagonal_shift, keep_between
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step
@@ -110,7 +110,9 @@ def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, MASKED: g
     k_pos = tile.last_n - i * qk.shape[1] + gl.arange(0, qk.shape[1], layout=LAYOUT)
     scores = score(qk, q_pos[:, None], k_pos[None, :], mods, head_mods, SPEC)
     if MASKED:
-        keep = keep_mask(q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC)
+        keep = keep_between(
+            q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC
+        )
         scores = gl.where(keep, scores, float("-inf"))
     return scores
 
