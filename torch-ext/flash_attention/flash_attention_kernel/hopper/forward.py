@@ -58,7 +58,7 @@ def load(
     rings, call, q, k, v, group_size,
     SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """The producer: draws tiles; of each loads Q, then keys and values, last block first."""
+    """The producer: draws tiles; of each loads Q, and keys and values from the last block down."""
     q_count = 0
     kv_count = 0
     tile_count = 0
@@ -354,14 +354,8 @@ def hopper_forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (
-                    multiply,
-                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
-                ),
-                (
-                    multiply,
-                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
-                ),
+                (multiply, (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
+                (multiply, (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4],
@@ -370,18 +364,9 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    multiply,
-                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
-                ),
-                (
-                    multiply,
-                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
-                ),
-                (
-                    multiply,
-                    (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D),
-                ),
+                (multiply, (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
+                (multiply, (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
+                (multiply, (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4, 4],

@@ -16,9 +16,7 @@ class Schedule(NamedTuple):
     heads: int  # times sequences, where these are not packed
     total: int
     group: int  # heads whose K and V are in the L2 together
-    counters: (
-        Any  # [2] int32, 0 and left so: tiles drawn beyond each program's first, programs done
-    )
+    counters: Any  # [2] int32, 0 and left so: tiles drawn beyond the programs' first, programs done
 
 
 class Call(NamedTuple):
