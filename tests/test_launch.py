@@ -20,6 +20,8 @@ def shown(argument):
     """An argument as it can be compared: of a tensor, which is a pointer, its type and size."""
     if isinstance(argument, torch.Tensor):
         return argument.numel(), argument.dtype
+    if hasattr(argument, "base"):  # a tensor descriptor, or what stands for one
+        return tuple(sorted((name, str(shown(value))) for name, value in vars(argument).items()))
     return tuple(map(shown, argument)) if isinstance(argument, tuple) else argument
 
 
@@ -86,6 +88,21 @@ def test_forward_and_backward(module, recorders, name):
         out, lse = launch.forward(problem)
         launch.backward(problem, dout, None, out, lse)
     hold(recorders, "forward_kernel", "dq_kernel", "dkdv_kernel")
+
+
+@pytest.mark.parametrize("name", ("causal", "varlen-gqa", "sink", "window", "used-causal"))
+def test_hopper(module, recorders, monkeypatch, name):
+    """Descriptors, too."""
+    launch = module("flash_attention_kernel.launch")
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_counters", lambda device: torch.zeros(2, dtype=torch.int32))
+    kernels = module("flash_attention_kernel.hopper_calls")
+    recorders["hopper"] = Recorder()
+    monkeypatch.setattr(kernels, "hopper_forward_kernel", recorders["hopper"])
+    for seed in range(2):
+        q, k, v, _, _, options = make(BY_NAME[name], torch.float16, "cpu", seed)
+        launch.forward(problem_of(module, BY_NAME[name], q, k, v, options))
+    hold(recorders, "hopper")
 
 
 CASES = {

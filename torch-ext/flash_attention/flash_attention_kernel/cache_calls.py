@@ -1,9 +1,6 @@
 """Calls over a cache: split-KV decoding, the merge of its parts, and the append of new keys."""
 
-import functools
 from typing import NamedTuple, Optional
-
-import torch
 
 from .append_kv import append_kernel
 from .calls import (
@@ -19,7 +16,15 @@ from .calls import (
 )
 from .combine import Partial, combine_kernel
 from .common import Operand
-from .config import DECODE_ROWS, MAX_BLOCK_D, TileConfig, architecture, block_dim, choose_decode
+from .config import (
+    DECODE_ROWS,
+    MAX_BLOCK_D,
+    TileConfig,
+    architecture,
+    block_dim,
+    choose_decode,
+    multiprocessors,
+)
 from .decode import decode_kernel
 from .seqlen import Lengths, num_tiles
 
@@ -33,15 +38,6 @@ class Splits(NamedTuple):
 
     num: int
     keys: int = 0
-
-
-@functools.lru_cache(maxsize=None)
-def _programs_at_once(device) -> int:
-    """How many programs of decode_kernel fill the device: one per multiprocessor. Twice as many
-    read K and V no sooner, and leave more to merge."""
-    if device.type != "cuda":  # the interpreter, and XPU, whose properties have other names
-        return 64
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def decodes(problem) -> bool:
@@ -58,7 +54,7 @@ def decodes(problem) -> bool:
         return False
     batch, nheads = counts_of(p)[2], p.q.shape[-2]
     programs = batch * nheads * -(-rows * p.k.shape[-2] // (nheads * 128))  # of forward_kernel
-    scarce = programs * 4 <= _programs_at_once(p.q.device) and p.rows_k() >= 1024
+    scarce = programs * 4 <= multiprocessors(p.q.device) and p.rows_k() >= 1024
     return rows <= DECODE_ROWS[-1] or (scarce and not p.invariant())
 
 
@@ -74,7 +70,8 @@ def decode_tile(problem) -> TileConfig:
 
 
 def splits_for(problem, tile: TileConfig) -> Splits:
-    """By lengths that the host knows: those of the cache, not of the sequences."""
+    """By lengths that the host knows: those of the cache, not of the sequences. One program for a
+    multiprocessor fills a device: twice as many read K and V no sooner, and leave more to merge."""
     p = problem
     rows_k = p.rows_k()
     blocks = max(-(-rows_k // tile.block_n), 1)
@@ -84,7 +81,7 @@ def splits_for(problem, tile: TileConfig) -> Splits:
         return Splits(max(-(-rows_k // FIXED_SPLIT), 1), FIXED_SPLIT)
     rows = p.rows_per_kv_head() or tile.block_m
     tiles = counts_of(p)[2] * p.k.shape[-2] * -(-rows // tile.block_m)
-    return Splits(max(min(_programs_at_once(p.q.device) // max(tiles, 1), blocks // 2, 128), 1))
+    return Splits(max(min(multiprocessors(p.q.device) // max(tiles, 1), blocks // 2, 128), 1))
 
 
 def _sorted(problem, tiles, programs) -> int:
@@ -92,7 +89,7 @@ def _sorted(problem, tiles, programs) -> int:
     there may be."""
     p = problem
     few = 1 < tiles <= MAX_SORTED and p.cu_seqlens_q is None and tiles == p.q.shape[0]
-    if not few or p.seqused_k is None or programs <= _programs_at_once(p.q.device):
+    if not few or p.seqused_k is None or programs <= multiprocessors(p.q.device):
         return 0
     return 1 << (tiles - 1).bit_length()
 

@@ -26,7 +26,7 @@ class Launch(NamedTuple):
 
     kernel: Any
     programs: int
-    operands: tuple  # tensors with their strides
+    operands: tuple  # tensors with their strides, or their tensor descriptors
     pointers: tuple  # tensors whose layout the kernel knows
     lengths: tuple  # AttentionProblem.lengths()
     counts: tuple  # integers

@@ -71,6 +71,14 @@ def architecture(device: torch.device) -> str:
     return "sm_%d%d" % torch.cuda.get_device_capability(device)
 
 
+@functools.lru_cache(maxsize=None)
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 64 of what cannot be asked: the interpreter, and XPU, which has other names."""
+    if device.type != "cuda":
+        return 64
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def table_for(arch: str) -> Table:
     """The table of an architecture, or that of its nearest relative."""
     if arch in tables():

@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .calls import Launch, counts_of, mods_of, operand, spec_of
-from .config import HOPPER_DIMS, HopperConfig, choose_hopper, hopper_dim
+from .config import HOPPER_DIMS, HopperConfig, choose_hopper, hopper_dim, multiprocessors
 from .hopper.forward import ROWS, hopper_forward_kernel
 from .seqlen import Lengths, num_tiles
 
@@ -36,14 +36,6 @@ def _is_aligned(tensor) -> bool:
         and tensor.data_ptr() % 16 == 0
         and all(stride * tensor.element_size() % 16 == 0 and stride > 0 for stride in strides)
     )
-
-
-@functools.lru_cache(maxsize=None)
-def _multiprocessors(device) -> int:
-    """Of a GPU; of the one that tools/aot.py compiles for, an H200's."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.lru_cache(maxsize=None)
@@ -104,7 +96,7 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
         _descriptor(p.q, ROWS.value, block_d), _descriptor(p.k, tile.block_n, block_d),
         _descriptor(p.v, tile.block_n, block_d), operand(out),
     )  # fmt: skip
-    programs = min(_multiprocessors(p.q.device), schedule[2])
+    programs = min(multiprocessors(p.q.device), schedule[2])
     return Launch(
         hopper_forward_kernel, programs, operands, (lse, counters), p.lengths(), counts,
         (mods_of(p),), options,

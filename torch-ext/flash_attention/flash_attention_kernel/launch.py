@@ -13,11 +13,11 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from . import cache_calls, calls, config
+from . import cache_calls, calls
 from .append_kv import OVERFLOW
 from .cache_calls import Splits
 from .calls import Launch
-from .config import TileConfig
+from .config import TileConfig, architecture
 
 MAX_PLANS = 4096  # signatures remembered; one costs about 2 KiB
 
@@ -31,8 +31,6 @@ class Plan(NamedTuple):
     counts: tuple
     constexprs: tuple
 
-
-MIN_COUNTERS = 1024  # int32, for each stream that is used
 
 logger = logging.getLogger(__name__)
 
@@ -91,23 +89,20 @@ def _call(memo, name, device, operands, pointers, lengths, others, build):
         # costs 19 us a call on an H200's host.
         compiled.run(
             plan.programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
-            None, None, None, *map(_bound, operands, plan.layouts),
+            None, None, None, *[
+                (t, *layout) if layout.__class__ is tuple else SimpleNamespace(base=t, **layout)
+                for t, layout in zip(operands, plan.layouts)
+            ],
             *pointers, *lengths, *plan.counts, *others, *plan.constexprs,
         )  # fmt: skip
 
 
 def _layout_of(operand):
-    """An operand without its tensor."""
+    """An operand without its tensor: strides, or of a descriptor all fields, which is what Triton
+    reads of one."""
     if isinstance(operand, tuple):
         return operand[1:]
     return {name: value for name, value in vars(operand).items() if name != "base"}
-
-
-def _bound(tensor, layout):
-    """An operand as a compiled kernel takes it: Triton reads a descriptor's fields, no more."""
-    if layout.__class__ is tuple:
-        return (tensor, *layout)
-    return SimpleNamespace(base=tensor, **layout)
 
 
 def _first_call(memo, name, launch: Launch):
@@ -168,17 +163,15 @@ def _readable(problem):
     return problem._replace(q=_by_rows(q), k=_by_rows(k), v=_by_rows(v))
 
 
-def _counters(device, number):
-    """`number` int32 zeros for a kernel that leaves zeros behind: those of the current stream, or,
-    while it is captured, new ones, as a graph may run beside other work of the stream."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(number, dtype=torch.int32, device=device)
+def _counters(device):
+    """[2] int32 zeros for a kernel that leaves zeros behind: those of the current stream, or, while
+    it is captured, new ones, as a graph may run beside other work of the stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=device)
     key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
     counters = _counters_of_stream.get(key)
-    if counters is None or counters.shape[0] < number:
-        room = max(MIN_COUNTERS, 1 << (number - 1).bit_length())
-        counters = torch.zeros(room, dtype=torch.int32, device=device)
-        _counters_of_stream[key] = counters
+    if counters is None:
+        counters = _counters_of_stream[key] = torch.zeros(2, dtype=torch.int32, device=device)
     return counters
 
 
@@ -204,9 +197,9 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     if splits is not None:
         _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
-    if tile is None and _takes_hopper(memo, problem):
-        if _by_hopper(memo, problem, out, lse, others[1:]):
-            return out, lse
+    takes_hopper = tile is None and _takes_hopper(memo, problem)
+    if takes_hopper and _by_hopper(memo, problem, out, lse, others[1:]):
+        return out, lse
     _call(
         memo, "forward", problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
         lambda: calls.forward_launch(problem, out, lse, tile),
@@ -231,14 +224,14 @@ def _without_hopper(error):
         _warned.add("hopper")
         logger.warning(
             "the Hopper kernel does not work under Triton %s, the portable one takes its place: %s",
-            triton.__version__, str(error).strip().splitlines()[-1:],
+            triton.__version__, str(error).strip().rpartition("\n")[2],
         )  # fmt: skip
 
 
 def _takes_hopper(memo, problem) -> bool:
     """Whether the kernel for sm_90 serves this problem."""
     if "takes_hopper" not in memo:
-        on_hopper = config.architecture(problem.q.device) == "sm_90"
+        on_hopper = architecture(problem.q.device) == "sm_90"
         hopper_calls = _hopper_calls() if on_hopper else None
         memo["takes_hopper"] = hopper_calls is not None and hopper_calls.serves(problem)
     return memo["takes_hopper"]
@@ -247,7 +240,7 @@ def _takes_hopper(memo, problem) -> bool:
 def _by_hopper(memo, problem, out, lse, others) -> bool:
     """Whether the kernel for sm_90 has been called; not where it does not compile."""
     device, lengths = problem.q.device, problem.lengths()
-    counters = _counters(device, 2)
+    counters = _counters(device)
     try:
         _call(
             memo, "hopper", device, (*problem[:3], out), (lse, counters), lengths, others,

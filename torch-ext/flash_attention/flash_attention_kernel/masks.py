@@ -28,25 +28,24 @@ def right_reach(mods, SPEC: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr):
-    """Which (query, key) pairs take part. Positions come broadcast, in whatever order suits."""
-    keep = k_pos < seqlen_k
-    if SPEC.causal or SPEC.right:
-        keep = keep & (k_pos <= q_pos + (shift + right_reach(mods, SPEC)))
-    if SPEC.left:
-        keep = keep & (k_pos >= q_pos + (shift - mods.window_left))
-    return keep
+def keep_mask(
+    q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr, JOINED: tl.constexpr = False
+):
+    """Which (query, key) pairs take part. Positions come broadcast, in whatever order suits.
 
-
-@triton.jit
-def keep_between(q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr):
-    """`keep_mask` by a row's first and last key: a comparison fewer for each pair, two registers
-    more for each row. In hopper/forward.py that saves 128 bytes of spills at D 64; in forward.py
-    it adds 8 at D 128."""
-    last = seqlen_k - 1
-    if SPEC.causal or SPEC.right:
-        last = tl.minimum(q_pos + (shift + right_reach(mods, SPEC)), last)
-    keep = k_pos <= last
+    JOINED: a row's bounds on the right are made one: a comparison fewer for each pair, two
+    registers more for each row. In hopper/forward.py that saves 128 bytes of spills at D 64; in
+    forward.py it adds 8 at D 128.
+    """
+    if JOINED:
+        last = seqlen_k - 1
+        if SPEC.causal or SPEC.right:
+            last = tl.minimum(q_pos + (shift + right_reach(mods, SPEC)), last)
+        keep = k_pos <= last
+    else:
+        keep = k_pos < seqlen_k
+        if SPEC.causal or SPEC.right:
+            keep = keep & (k_pos <= q_pos + (shift + right_reach(mods, SPEC)))
     if SPEC.left:
         keep = keep & (k_pos >= q_pos + (shift - mods.window_left))
     return keep

@@ -14,12 +14,19 @@ def initial_state(mods, head, has_keys, scale, BLOCK_M: tl.constexpr, BLOCK_D: t
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l_i, m_i = with_sink(l_i, m_i, mods, head, has_keys, scale)
+    return acc, l_i, m_i
+
+
+@triton.jit
+def with_sink(l_i, m_i, mods, head, has_keys, scale):
+    """-> (l_i, m_i) and the head's sink, if it has one."""
     if mods.sink_ptr is not None:
         sink_log2 = tl.load(mods.sink_ptr + head).to(tl.float32) * LOG2E
         there = has_keys & (sink_log2 != float("-inf"))
         l_i += tl.where(there, 1.0, 0.0)
         m_i = tl.where(there, sink_log2 / scale, m_i)
-    return acc, l_i, m_i
+    return l_i, m_i
 
 
 @triton.jit

@@ -17,11 +17,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..common import LN2, LOG2E, at_head, row_at_head, row_operand
-from ..masks import diagonal_shift, keep_between
+from ..common import LN2, at_head, row_at_head, row_operand
+from ..masks import diagonal_shift, keep_mask
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
-from ..softmax import softmax_step
+from ..softmax import softmax_step, with_sink
 from .pipeline import make_channel, make_notes
 from .schedule import (
     TILE_FIELDS,
@@ -110,8 +110,8 @@ def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, MASKED: g
     k_pos = tile.last_n - i * qk.shape[1] + gl.arange(0, qk.shape[1], layout=LAYOUT)
     scores = score(qk, q_pos[:, None], k_pos[None, :], mods, head_mods, SPEC)
     if MASKED:
-        keep = keep_between(
-            q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC
+        keep = keep_mask(
+            q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC, True
         )
         scores = gl.where(keep, scores, float("-inf"))
     return scores
@@ -275,19 +275,6 @@ def store(out, lse, acc, l_i, m_i, q_pos, tile, scale, FIRST: gl.constexpr, DIM:
 
 
 @gluon.jit
-def initial_rows(mods, head, exists, scale, ROW: gl.constexpr):
-    """-> (l_i, m_i) [ROWS] before the first key; see softmax.initial_state."""
-    l_i = gl.zeros([ROWS], gl.float32, ROW)
-    m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
-    if mods.sink_ptr is not None:
-        sink_log2 = gl.load(mods.sink_ptr + head).to(gl.float32) * LOG2E
-        there = exists & (sink_log2 != float("-inf"))
-        l_i += gl.where(there, 1.0, 0.0)
-        m_i = gl.where(there, sink_log2 / scale, m_i)
-    return l_i, m_i
-
-
-@gluon.jit
 def multiply(
     rings, call, out, lse, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -309,7 +296,9 @@ def multiply(
         q_pos = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
         exists = tile.seq < call.q_lengths.batch
         head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
-        l_i, m_i = initial_rows(mods, tile.head, exists, scale, ROW)
+        l_i = gl.zeros([ROWS], gl.float32, ROW)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
+        l_i, m_i = with_sink(l_i, m_i, mods, tile.head, exists, scale)
         if tile.blocks > 0:
             acc, l_i, m_i, qk, blocks = attend(
                 qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
