@@ -117,22 +117,22 @@ CASES = {
 @pytest.mark.parametrize("last", CASES)
 def test_cache(kernel, module, recorders, monkeypatch, last):
     """By the remembered checks, too, which are a GPU's as well."""
-    launch, kvcache, ops = (
-        module(name) for name in ("flash_attention_kernel.launch", "kvcache", "ops")
+    launch, remembered, ops = (
+        module(name) for name in ("flash_attention_kernel.launch", "remembered", "ops")
     )
     monkeypatch.setattr(ops, "_unobserved", lambda *tensors: True)
     monkeypatch.setattr(launch, "OVERFLOW", SimpleNamespace(value=None))  # nobody fills seqused
-    monkeypatch.setattr(kvcache, "_known", {})
-    signature = kvcache._signature
+    monkeypatch.setattr(remembered, "known", {})
+    signature = remembered.signature
     case = CASES[last]
 
     def on_a_gpu(tensors, *scalars):
         key = signature((), *scalars)
         return key + tuple(None if t is None else (t.shape, t.stride()) for t in tensors)
 
-    monkeypatch.setattr(kvcache, "_signature", on_a_gpu)
+    monkeypatch.setattr(remembered, "signature", on_a_gpu)
     for seed in range(2):
         cache = make_cache(case, torch.float16, "cpu", seed)
         kernel.flash_attn_with_kvcache(cache.q, cache.k_cache, cache.v_cache, **cache.keywords)
-        assert len(kvcache._known) == 1
+        assert len(remembered.known) == 1
     hold(recorders, "decode_kernel", last.split(",")[0])

@@ -77,13 +77,13 @@ class Attention(torch.autograd.Function):
         return (None, *of_packed, *of_lengths, *of_mods, None, *(None for _ in ctx.scalars))
 
 
-def attention(problem: AttentionProblem, packed=None):
+def attention(problem: AttentionProblem, packed=None, memo=None):
     """-> (out, lse); recorded, and its tensors saved, only if a gradient is wanted.
 
-    packed: (qkv,) or (q, kv), where q, k and v are views of them.
+    packed: (qkv,) or (q, kv), where q, k and v are views of them. memo: see ops.fwd_eager.
     """
     if not problem.needs_grad():
-        return ops.fwd_eager(problem)
+        return ops.fwd_eager(problem, memo)
     if packed is not None:
         pack = 3 if len(packed) == 1 else 2
         tensors = (*packed, *(None,) * (3 - len(packed)))

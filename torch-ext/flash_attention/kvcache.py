@@ -4,13 +4,9 @@ import numbers
 
 import torch
 
-from . import ops
+from . import ops, remembered
 from .options import Options
 from .problem import AttentionProblem
-
-PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
-MAX_KNOWN = 4096
-_known = {}  # signature of a call -> (the problem's scalars, the launcher's memo)
 
 
 def flash_attn_with_kvcache(
@@ -109,12 +105,12 @@ def flash_attn_with_kvcache(
         alibi_slopes, s_aux, k, v, rotary_cos, rotary_sin,
     )  # fmt: skip
     window = window_size if type(window_size) is tuple else (window_size,)
-    key = _signature(
+    key = remembered.signature(
         tensors, softmax_scale, causal, softcap, num_splits, causal_alignment, batch_invariant,
         max_seqlen_q, rotary_interleaved, dropout_p, learnable_sink, q_descale, k_descale,
         v_descale, *window,
     )  # fmt: skip
-    known = _known.get(key)
+    known = remembered.known.get(key)
     if known is not None:
         scalars, memo = known
         problem, cos, sin = _problem(tensors, scalars), rotary_cos, rotary_sin
@@ -138,37 +134,6 @@ def flash_attn_with_kvcache(
     return (out, lse) if return_softmax_lse else out
 
 
-def _signature(tensors, *scalars):
-    """What two calls must share for what was checked, and launched, of one to hold for the other;
-    None where that cannot be said without a look at data, or a gradient may be wanted."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return None
-    key = list(scalars)
-    for scalar in scalars:
-        if type(scalar) not in PLAIN_TYPES:
-            return None
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif _is_plain(tensor):
-            key += (
-                tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15,
-            )  # fmt: skip
-        else:
-            return None
-    return tuple(key)
-
-
-def _is_plain(tensor) -> bool:
-    """Whether shape, strides and address say all that can matter of a tensor but its data."""
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.is_cuda
-        and not tensor.requires_grad
-        and not tensor.is_nested
-    )
-
-
 def _problem(tensors, scalars):
     """The problem, before k and v are appended, of tensors that need no conversion."""
     q, k_cache, v_cache, cu_seqlens_q, seqlens, leftpad, table, batch_idx, slopes, sink = tensors[
@@ -189,11 +154,7 @@ def _remember(key, tensors, problem, cos, sin):
     alike = (*_problem(tensors, scalars).tensors(), *tensors[-2:])
     if not all(a is b for a, b in zip(alike, (*problem.tensors(), cos, sin))):
         return None
-    if len(_known) >= MAX_KNOWN:
-        _known.clear()
-    memo = {}
-    _known[key] = (scalars, memo)
-    return memo
+    return remembered.keep(key, scalars)
 
 
 def _check_dropout(dropout_p):
