@@ -3,9 +3,9 @@
     python benchmarks/run.py --batch-size 4 --num-heads 8 --seq-len 512 --head-dim 64 --causal
     python benchmarks/run.py --preset anchors --mode bwd
 
-Modes: fwd and bwd print TFLOP/s; host prints microseconds of host time per forward call at a tiny
-shape; memory prints the peak beyond the inputs in MiB. Rows are appended to a CSV with device,
-versions, commit and date.
+Modes: fwd and bwd print TFLOP/s; host and host-bwd print microseconds of host time per forward
+call, and per forward and backward, at a tiny shape; memory prints the peak beyond the inputs in
+MiB. Rows are appended to a CSV with device, versions, commit and date.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from peers import ANCHORS, ROOT, Shape, peers, random_inputs
 from tabulate import tabulate
 
-UNITS = {"fwd": "TFLOP/s", "bwd": "TFLOP/s", "host": "us", "memory": "MiB"}
+UNITS = {"fwd": "TFLOP/s", "bwd": "TFLOP/s", "host": "us", "host-bwd": "us", "memory": "MiB"}
 
 
 def time_ms(fn, device_type, warmup_ms=50, rep_ms=200):
@@ -59,18 +59,29 @@ def measure_bwd(fn, shape, device):
     return shape.flops(backward=True) / time_ms(step, device.type) / 1e9
 
 
-def measure_host(fn, shape, device, calls=200, rounds=15):
-    """Microseconds of host time per call: `calls` enqueued without waiting, median of rounds."""
+def measure_host(fn, shape, device):
+    """Microseconds of host time per call, of which no gradient is wanted."""
     q, k, v, _ = random_inputs(shape, device)
+    with torch.no_grad():
+        return host_us(lambda: fn(q, k, v), device)
+
+
+def measure_host_bwd(fn, shape, device):
+    """Microseconds of host time per forward and backward."""
+    q, k, v, dout = random_inputs(shape, device)
+    return host_us(lambda: torch.autograd.grad(fn(q, k, v), (q, k, v), dout), device)
+
+
+def host_us(step, device, calls=200, rounds=15):
+    """Microseconds per step: `calls` enqueued without waiting, median of rounds."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []
-    with torch.no_grad():
-        for _ in range(rounds + 3):
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                fn(q, k, v)
-            times.append((time.perf_counter() - start) / calls * 1e6)
+    for _ in range(rounds + 3):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            step()
+        times.append((time.perf_counter() - start) / calls * 1e6)
     return median(times[3:])
 
 
@@ -91,6 +102,7 @@ MEASURE = {
     "fwd": measure_fwd,
     "bwd": measure_bwd,
     "host": measure_host,
+    "host-bwd": measure_host_bwd,
     "memory": measure_memory,
 }
 
