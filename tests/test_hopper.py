@@ -1,4 +1,4 @@
-"""The Gluon forward for sm_90: that it runs where it should, and what takes its place elsewhere."""
+"""The Gluon kernels for sm_90: that they run where they should, and what takes their place."""
 
 import logging
 
@@ -13,8 +13,8 @@ SERVED = [
     if case.dropout_p == 0.0
     and case.bias is None
     and case.head_dim % 8 == 0
-    and case.head_dim <= 128
-    and case.head_dim_v in (None, case.head_dim)
+    and case.head_dim <= 256
+    and (case.head_dim_v or 8) % 8 == 0
 ]
 
 
@@ -27,8 +27,8 @@ def launch(module, device):
     return launch
 
 
-def hopper_ran(launch):
-    return any("hopper" in memo for memo in launch._memos.values())
+def hopper_ran(launch, name="hopper"):
+    return any(name in memo for memo in launch._memos.values())
 
 
 @pytest.mark.gpu
@@ -37,17 +37,58 @@ def test_served_cases(kernel, launch, device, case):
     """test_attention.py's cases take this path: but for few queries, and nothing."""
     q, k, v, _, _, options = make(case, torch.float16, device)
     out, _, _ = call(kernel, q, k, v, options)
-    few = any("decode" in memo for memo in launch._memos.values())
+    few = hopper_ran(launch, "decode")
     assert hopper_ran(launch) or few or q.numel() == 0 or k.numel() == 0
-    assert out.shape == q.shape
+    assert out.shape == (*q.shape[:-1], v.shape[-1])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ("dropout", "bias", "dim-59-causal", "dim-64-32", "dim-256"))
+@pytest.mark.parametrize("case", SERVED, ids=[case.name for case in SERVED])
+def test_served_gradients(kernel, launch, device, case):
+    """test_attention.py's cases take this path back: but for some head_dims, and nothing."""
+    inputs = q, k, _, _, _, options = make(case, torch.bfloat16, device)
+    run(kernel, *inputs)
+    one_dim = case.head_dim_v in (None, case.head_dim) and case.head_dim <= 128
+    there = one_dim and q.numel() > 0 and k.numel() > 0
+    assert hopper_ran(launch, "hopper_backward") == (
+        there and not case.alibi
+    )  # its slopes' gradient
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ("dropout", "bias", "dim-59-causal"))
 def test_portable_cases(kernel, launch, device, name):
     inputs = make(BY_NAME[name], torch.float16, device)
     run(kernel, *inputs)
     assert launch._memos and not hopper_ran(launch)
+    assert not hopper_ran(launch, "hopper_backward")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_fixed_slopes(kernel, launch, device, head_dim, causal):
+    """ALiBi, whose slopes seldom want a gradient, with softcap; beside the portable kernels."""
+    shape = (2, 450, 4, head_dim)
+    leaves = [
+        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"
+    ]
+    options = {"alibi_slopes": torch.rand(4, device=device), "softcap": 20.0, "causal": causal}
+    grads = []
+    for deterministic in (True, False):
+        out = kernel.flash_attn_func(*leaves, **options, deterministic=deterministic)
+        grads.append(torch.autograd.grad(out.square().sum(), leaves))
+        assert hopper_ran(launch, "hopper_backward") != deterministic
+    for got, want in zip(grads[1], grads[0]):
+        assert (got - want).float().norm() < 5e-3 * want.float().norm()
+
+
+@pytest.mark.gpu
+def test_deterministic(kernel, launch, device):
+    """dQ is summed in any order here: whoever wants it repeatable gets the portable kernels."""
+    *inputs, options = make(BY_NAME["gqa"], torch.bfloat16, device)
+    run(kernel, *inputs, {**options, "deterministic": True})
+    assert hopper_ran(launch, "dkdv") and not hopper_ran(launch, "hopper_backward")
 
 
 LONG = [
@@ -72,9 +113,12 @@ def test_many_tiles(kernel, launch, device, case):
     inputs = make(case, torch.bfloat16, device)
     first = run(kernel, *inputs)
     check(first, *inputs, kernel=kernel)
-    assert hopper_ran(launch)
+    assert hopper_ran(launch) and hopper_ran(launch, "hopper_backward")
     for _ in range(3):
-        assert torch.equal(run(kernel, *inputs)[0], first[0])
+        again = run(kernel, *inputs)
+        assert torch.equal(again[0], first[0])
+        for got, want in zip(again[3:5], first[3:5]):  # dK and dV; dQ is summed in any order
+            assert torch.equal(got, want)
     torch.cuda.synchronize()
     assert all(not counters.any() for counters in launch._counters_of_stream.values())
 
@@ -123,9 +167,11 @@ def test_falls_back(kernel, launch, device, monkeypatch, caplog):
         raise RuntimeError("PassManager::run failed")
 
     monkeypatch.setattr(calls, "forward_launch", broken)
-    q = torch.randn(2, 300, 4, 64, device=device, dtype=torch.bfloat16)
+    monkeypatch.setattr(calls, "backward_launch", broken)
+    q = torch.randn(2, 300, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             out = kernel.flash_attn_func(q, q, q)
-    assert out.isfinite().all() and not hopper_ran(launch)
+            (grad,) = torch.autograd.grad(out.sum(), q)
+    assert out.isfinite().all() and grad.isfinite().all() and not hopper_ran(launch)
     assert len([r for r in caplog.records if "Hopper" in r.message]) == 1

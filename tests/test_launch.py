@@ -95,14 +95,18 @@ def test_hopper(module, recorders, monkeypatch, name):
     """Descriptors, too."""
     launch = module("flash_attention_kernel.launch")
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "_counters", lambda device: torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(launch, "_captured", lambda device: True)  # new counters
     kernels = module("flash_attention_kernel.hopper_calls")
-    recorders["hopper"] = Recorder()
-    monkeypatch.setattr(kernels, "hopper_forward_kernel", recorders["hopper"])
+    names = ("hopper_forward", "prepare", "hopper_backward", "finish")
+    for which in names:
+        recorders[which] = Recorder()
+        monkeypatch.setattr(kernels, f"{which}_kernel", recorders[which])
     for seed in range(2):
-        q, k, v, _, _, options = make(BY_NAME[name], torch.float16, "cpu", seed)
-        launch.forward(problem_of(module, BY_NAME[name], q, k, v, options))
-    hold(recorders, "hopper")
+        q, k, v, dout, _, options = make(BY_NAME[name], torch.float16, "cpu", seed)
+        problem = problem_of(module, BY_NAME[name], q, k, v, options)
+        out, lse = launch.forward(problem)
+        launch.backward(problem, dout, None, out, lse)
+    hold(recorders, *names)
 
 
 CASES = {

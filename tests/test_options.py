@@ -220,11 +220,14 @@ DETERMINISM = ("gqa", "pair-3", "window-varlen", "bias-bk", "alibi-varlen", "sin
 
 
 @pytest.mark.parametrize("name", DETERMINISM)
-@pytest.mark.parametrize("deterministic", (False, True))
-def test_50_backward_runs(kernel, device, name, deterministic):
-    """Every gradient is bitwise the same 50 times over, asked for or not (5 on a CPU)."""
+@pytest.mark.parametrize("by", ("argument", "torch"))
+def test_50_backward_runs(kernel, device, request, name, by):
+    """Every gradient is bitwise the same 50 times over, if that is asked for (5 on a CPU)."""
     *inputs, options = make(BY_NAME[name], torch.bfloat16, device)
-    options["deterministic"] = deterministic
+    options["deterministic"] = by == "argument"
+    if by == "torch":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     first = run(kernel, *inputs, options)
     for _ in range(49 if HAS_GPU else 4):
         for got, want in zip(run(kernel, *inputs, options), first):

@@ -26,6 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 import torch
 import triton
 from kernels import get_local_kernel
+from sass import unwritten_reads
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
@@ -53,7 +54,9 @@ OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain ca
 PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so many rows
 
 
-PARKED = 32  # bytes that hopper/forward.py may keep in local memory from its start to its epilogue
+# Bytes in local memory that are let pass: at D 128 what outlasts a loop; at D 64 hopper/backward.py
+# reloads 18 to 33 numbers a step.
+PARKED = {"hopper": 32, "hopper_backward": 256}
 
 
 class Row(NamedTuple):
@@ -76,6 +79,7 @@ class Report(NamedTuple):
     spill_bytes: int
     shared: int
     serialized: bool  # ptxas waits for every wgmma: a fifth of the speed, and nothing else tells
+    unwritten: int  # sm_90: reads of registers that may not have been written; tools/sass.py
 
 
 class OfflineDriver:
@@ -163,12 +167,8 @@ def launch_for(row: Row, tile=None):
     problem = problem_for(row)
     if row.kernel == "decode":
         return decode_launch_for(row, problem, tile)
-    if row.kernel == "hopper":
-        hopper_calls = import_module(f"{package()}.flash_attention_kernel.hopper_calls")
-        counters = torch.empty(2, dtype=torch.int32, device="meta")
-        return hopper_calls.forward_launch(
-            problem, problem.empty_out(), problem.empty_lse(), counters, tile
-        )
+    if row.kernel.startswith("hopper"):
+        return hopper_launch_for(row, problem, tile)
     tile = tile or calls.tile_for(row.kernel, row.arch, problem)
     out, lse = problem.empty_out(), problem.empty_lse()
     _, (dq, dk, dv) = problem.empty_grads()
@@ -196,6 +196,19 @@ def decode_launch_for(row: Row, problem, tile):
     return cache_calls.decode_launch(problem, out, lse, cache_calls.Splits(4), tile)
 
 
+def hopper_launch_for(row: Row, problem, tile):
+    """The forward, or the backward without what surrounds it."""
+    hopper_calls = import_module(f"{package()}.flash_attention_kernel.hopper_calls")
+    counters = torch.empty(2, dtype=torch.int32, device="meta")
+    out = problem.empty_out()
+    if row.kernel == "hopper":
+        return hopper_calls.forward_launch(problem, out, problem.empty_lse(), counters, tile)
+    tile = tile or hopper_calls.backward_tile(problem)
+    work = hopper_calls.workspace(problem, tile)
+    grads = problem.empty_grads()[1][1:]
+    return hopper_calls.backward_launch(problem, out, *work, *grads, counters, tile)
+
+
 def compile_row(row: Row, tile=None) -> Report:
     """Compile one row for its architecture."""
     driver.set_active(OfflineDriver(row.arch))
@@ -206,7 +219,17 @@ def compile_row(row: Row, tile=None) -> Report:
     else:
         registers, spill = hsaco_usage(compiled.asm["amdgcn"])
     serialized = row.arch == "sm_90" and wgmma_serialized(compiled.asm["ptx"])
-    return Report(registers, spill, compiled.metadata.shared, serialized)
+    unwritten = len(unwritten_reads(sass_of(compiled.asm["cubin"]))) if row.arch == "sm_90" else 0
+    return Report(registers, spill, compiled.metadata.shared, serialized, unwritten)
+
+
+def sass_of(cubin: bytes) -> str:
+    """A cubin disassembled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def cubin_usage(cubin: bytes):
@@ -245,6 +268,7 @@ def rows(architectures, quick: bool):
             if arch == "sm_90":
                 for dim, varlen in itertools.product((64, 128), (False, True)):
                     yield Row(arch, "hopper", "bf16", dim, True, varlen)
+                    yield Row(arch, "hopper_backward", "bf16", dim, True, varlen)
         return
     if "sm_90" in architectures:
         for dim, dtype, causal, varlen in itertools.product(
@@ -252,6 +276,9 @@ def rows(architectures, quick: bool):
         ):
             for options in ("plain", "window", "both", "sink"):
                 yield Row("sm_90", "hopper", dtype, dim, causal, varlen, options)
+                if options != "sink":  # which the gradients do not see
+                    yield Row("sm_90", "hopper_backward", dtype, dim, causal, varlen, options)
+            yield Row("sm_90", "hopper", dtype, 2 * dim, causal, varlen)
     for arch, dim in itertools.product(architectures, DIMS):
         for kernel in ("forward", "dq", "dkdv"):
             for dtype, causal in itertools.product(DTYPES, (False, True)):
@@ -290,8 +317,9 @@ def main():
             limit = limits[row.arch].shared_memory
             size = f"{row.kernel}/{DTYPES[row.dtype].itemsize}/{row.head_dim}"
             admitted = f"{size}/causal" in limits[row.arch].spilling
-            spills = report.spill_bytes > (PARKED if row.kernel == "hopper" else 0) and not admitted
-            good = report.shared <= limit and not spills and not report.serialized
+            spills = report.spill_bytes > PARKED.get(row.kernel, 0) and not admitted
+            good = report.shared <= limit and not spills
+            good = good and not report.serialized and not report.unwritten
             bad += not good
             record = {"triton": triton.__version__, **row._asdict(), **report._asdict()}
             records.append({**record, "limit": limit})
@@ -301,7 +329,9 @@ def main():
                 f"{row.options:8} {row.rows or '':2} "
                 f"{report.registers:4} registers {report.spill_bytes:5} B spilled "
                 f"{report.shared:7} of {limit} B shared "
-                f"{'SERIALIZED ' if report.serialized else ''}{'' if good else 'BAD'}",
+                f"{'SERIALIZED ' if report.serialized else ''}"
+                f"{f'{report.unwritten} UNWRITTEN ' if report.unwritten else ''}"
+                f"{'' if good else 'BAD'}",
                 flush=True,
             )
     if args.csv:

@@ -11,7 +11,7 @@
   "Tensor? attn_bias, Tensor? alibi_slopes, Tensor? s_aux, Tensor? rng_state, "  \
   "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, "  \
   "bool top_left, float softcap, float dropout_p, "                              \
-  "SymInt num_splits, bool batch_invariant, SymInt max_seqlen_q"
+  "SymInt num_splits, bool batch_invariant, bool deterministic, SymInt max_seqlen_q"
 
 #define ROTARY                                                                             \
   "Tensor cos, Tensor sin, Tensor? cu_seqlens, Tensor? offsets, SymInt offset, "           \

@@ -26,6 +26,7 @@ class Options(NamedTuple):
     descales: Tuple[Any, Any, Any] = (None, None, None)
     num_splits: Any = 0
     batch_invariant: Any = False
+    deterministic: Any = False
 
 
 PLAIN = Options()
@@ -39,7 +40,22 @@ def checked_fields(q, options: Options, sizes, rng_state):
     o = options
     scale = _scale(o.softmax_scale, q.shape[-1])
     if _is_plain(o):  # 4 us of host time sooner
-        return (None, None, None, None, scale, bool(o.causal), -1, -1, False, 0.0, 0.0, 0, False)
+        return (
+            None,
+            None,
+            None,
+            None,
+            scale,
+            bool(o.causal),
+            -1,
+            -1,
+            False,
+            0.0,
+            0.0,
+            0,
+            False,
+            bool(o.deterministic),
+        )
     batch, nheads = sizes[:2]
     for name, value in zip(("q_descale", "k_descale", "v_descale"), o.descales):
         if value is not None:
@@ -75,11 +91,12 @@ def checked_fields(q, options: Options, sizes, rng_state):
         dropout_p,
         _num_splits(o, dropout_p),
         bool(o.batch_invariant),
+        bool(o.deterministic),
     )
 
 
 def _is_plain(options: Options) -> bool:
-    """Whether all but softmax_scale and causal are as they are by default."""
+    """Whether all but softmax_scale, causal and deterministic are as they are by default."""
     o = options
     return (
         type(o.dropout_p) is float and o.dropout_p == 0.0

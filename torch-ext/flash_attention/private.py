@@ -91,7 +91,9 @@ def _flash_attn_backward(
     softmax_lse. rng_state is what forward returned."""
     _check_rng_state(dropout_p, rng_state)
     window = (window_size_left, window_size_right)
-    options = Options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    options = Options(
+        dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic=deterministic
+    )  # fmt: skip
     problem = AttentionProblem.dense(q, k, v, options, rng_state)
     return _backward(problem, dout, out, softmax_lse, (dq, dk, dv))
 
@@ -124,7 +126,9 @@ def _flash_attn_varlen_backward(
     """`_flash_attn_backward` of a varlen forward."""
     _check_rng_state(dropout_p, rng_state)
     window = (window_size_left, window_size_right)
-    options = Options(dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    options = Options(
+        dropout_p, softmax_scale, causal, window, softcap, alibi_slopes, deterministic=deterministic
+    )  # fmt: skip
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     problem = AttentionProblem.varlen(q, k, v, *lengths, options, rng_state=rng_state)
     return _backward(problem, dout, out, softmax_lse, (dq, dk, dv))

@@ -51,6 +51,7 @@ class AttentionProblem(NamedTuple):
     dropout_p: float
     num_splits: int  # parts of the keys that are computed apart; 0: as fills the device
     batch_invariant: bool  # no bit of a sequence's result depends on the others
+    deterministic: bool  # every gradient is bitwise repeatable
     max_seqlen_q: int  # packed: the longest sequence, as the caller says; 0: unknown
 
     @classmethod

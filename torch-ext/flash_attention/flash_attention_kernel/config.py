@@ -13,7 +13,7 @@ MAX_BLOCK_D = 512  # decode_kernel takes what a head_dim has beyond it apart
 TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the next row up
 KERNELS = ("forward", "dq", "dkdv", "tiles", "decode")  # tiles: those of score_tiles.py
 DECODE_ROWS = (16, 32, 64)  # decode_kernel's BLOCK_M: the fewest that hold a sequence's rows
-HOPPER_DIMS = (64, 128)  # hopper/forward.py: a head_dim uses the next one up
+HOPPER_DIMS = (64, 128, 256)  # hopper/forward.py: a head_dim uses the next one up
 SMALL_PAGE = 128  # pages whose rows are no multiple of it may have tiles of their own
 
 
@@ -29,11 +29,12 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of hopper/forward.py: BLOCK_M query rows, 64 for each consumer, by BLOCK_N keys."""
+    """Tiles of hopper/: BLOCK_M query rows, forward 64 for each consumer, by BLOCK_N keys."""
 
     block_m: int
     block_n: int
-    stages: int  # of the rings of K and V
+    stages: int  # of the rings of K and V; in the backward, of Q and dO
+    q_tiles: int = 1  # that the ring of Q holds: with 2 the next is loaded under the end of this
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Table:
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
     spilling: frozenset  # keys for which no tile was found that does not spill
-    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full' or 'causal'
+    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full', 'causal' or 'backward'
 
 
 @functools.lru_cache(maxsize=None)
@@ -168,7 +169,12 @@ def hopper_dim(head_dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=None)
-def choose_hopper(head_dim: int, masked: bool) -> HopperConfig:
+def choose_hopper(head_dim: int, head_dim_v: int, masked: bool) -> HopperConfig:
     """hopper/forward.py's config."""
     kind = "causal" if masked else "full"
-    return table_for("sm_90").hopper[f"{hopper_dim(head_dim)}/{kind}"]
+    return table_for("sm_90").hopper[f"{hopper_dim(max(head_dim, head_dim_v))}/{kind}"]
+
+
+def choose_hopper_backward(head_dim: int) -> HopperConfig:
+    """hopper/backward.py's config."""
+    return table_for("sm_90").hopper[f"{hopper_dim(head_dim)}/backward"]

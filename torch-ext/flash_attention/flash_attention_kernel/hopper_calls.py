@@ -8,10 +8,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .calls import Launch, counts_of, mods_of, operand, spec_of
-from .config import HOPPER_DIMS, HopperConfig, choose_hopper, hopper_dim, multiprocessors
+from .config import (
+    HOPPER_DIMS,
+    HopperConfig,
+    choose_hopper,
+    choose_hopper_backward,
+    hopper_dim,
+    multiprocessors,
+)
+from .hopper.backward import hopper_backward_kernel
 from .hopper.forward import ROWS, hopper_forward_kernel
+from .hopper.stats import finish_kernel, prepare_kernel
 from .seqlen import Lengths, num_tiles
 
+ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+FLAT_ROWS = gl.NVMMASharedLayout(0, 32, 2)  # float32 in a row
 L2_BYTES = 40 << 20  # of a device's 50 MB and more: K and V of the heads whose tiles alternate
 
 
@@ -22,7 +33,7 @@ def serves(problem) -> bool:
         return False
     if p.block_table is not None or p.cache_batch_idx is not None:
         return False
-    if p.q.shape[-1] != p.v.shape[-1] or p.q.shape[-1] > HOPPER_DIMS[-1]:
+    if max(p.q.shape[-1], p.v.shape[-1]) > HOPPER_DIMS[-1]:
         return False
     return all(map(_is_aligned, (p.q, p.k, p.v)))
 
@@ -39,10 +50,9 @@ def _is_aligned(tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=None)
-def _layout(dtype, rows, block_d):
+def _layout(dtype, *block):
     """Of a descriptor's block in shared memory."""
-    element = gl.float16 if dtype == torch.float16 else gl.bfloat16
-    return gl.NVMMASharedLayout.get_default_for([1, rows, 1, block_d], element)
+    return gl.NVMMASharedLayout.get_default_for(list(block), ELEMENTS[dtype])
 
 
 def _descriptor(tensor, rows, block_d) -> TensorDescriptor:
@@ -50,54 +60,147 @@ def _descriptor(tensor, rows, block_d) -> TensorDescriptor:
     shape, strides = list(tensor.shape), list(tensor.stride())
     if len(shape) == 3:
         shape, strides = [1, *shape], [shape[0] * strides[0], *strides]
-    layout = _layout(tensor.dtype, rows, block_d)
-    return TensorDescriptor(tensor, shape, strides, [1, rows, 1, block_d], layout)
+    block = [1, rows, 1, block_d]
+    return TensorDescriptor(tensor, shape, strides, block, _layout(tensor.dtype, *block))
 
 
-def tile_for(problem) -> HopperConfig:
+def _scrubs(problem) -> bool:
+    """Whether what the copy engine reads past a sequence may be another's."""
+    p = problem
+    packed = p.cu_seqlens_q is not None
+    return packed or any(t is not None for t in (p.seqused_q, p.seqused_k, p.leftpad_k))
+
+
+def forward_tile(problem) -> HopperConfig:
     """The table's config."""
     p = problem
     masked = p.causal or p.window_left >= 0 or p.window_right >= 0
-    return choose_hopper(p.q.shape[-1], masked)
+    return choose_hopper(p.q.shape[-1], p.v.shape[-1], masked)
 
 
-def schedule_of(problem, block_m) -> tuple:
-    """-> per_head, heads, total, group; see Schedule."""
+def schedule_of(problem, block, over_keys=False) -> tuple:
+    """-> per_head, heads, total, group of Schedule, for blocks of queries, or, over_keys, of keys
+    of the KV heads."""
     p = problem
     packed = p.cu_seqlens_q is not None
     rows_q, rows_k, batch = counts_of(p)
     nheads, nheads_k = p.q.shape[-2], p.k.shape[-2]
-    per_head = num_tiles(
-        Lengths(p.cu_seqlens_q, None, None, rows_q, batch if packed else 1), block_m
-    )
-    heads = nheads if packed else nheads * batch
-    bytes_of_head = 2 * rows_k * p.k.shape[-1] * p.k.element_size() * nheads_k // nheads
+    if over_keys:
+        lengths, heads, bytes_of_head = (p.cu_seqlens_k, rows_k), nheads_k, rows_q * nheads
+    else:
+        lengths, heads, bytes_of_head = (p.cu_seqlens_q, rows_q), nheads, rows_k * nheads_k
+    bytes_of_head = 2 * bytes_of_head * p.k.shape[-1] * p.k.element_size() // heads
+    lengths = Lengths(lengths[0], None, None, lengths[1], batch if packed else 1)
+    per_head = num_tiles(lengths, block)
+    heads = heads if packed else heads * batch
     groups = -(-heads // max(L2_BYTES // max(bytes_of_head, 1), 1))
     return per_head, heads, per_head * heads, -(-heads // max(groups, 1))
 
 
 def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = None) -> Launch:
     """The call that fills `out` and `lse`. counters: [2] int32 zeros, which it leaves so."""
-    p, tile = problem, tile or tile_for(problem)
-    block_d = hopper_dim(p.q.shape[-1])
+    p, tile = problem, tile or forward_tile(problem)
+    block_d, block_dv = hopper_dim(p.q.shape[-1]), hopper_dim(p.v.shape[-1])
     schedule = schedule_of(p, tile.block_m)
     counts = (*counts_of(p), p.q.shape[-2], p.q.shape[-2] // p.k.shape[-2], *schedule)
     options = {
         "SPEC": spec_of(p, True),
-        "SCRUB": p.cu_seqlens_q is not None or p.seqused_k is not None or p.leftpad_k is not None,
+        "SCRUB": _scrubs(p),
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
         "STAGES": tile.stages,
+        "Q_TILES": tile.q_tiles,
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
     operands = (
         _descriptor(p.q, ROWS.value, block_d), _descriptor(p.k, tile.block_n, block_d),
-        _descriptor(p.v, tile.block_n, block_d), operand(out),
+        _descriptor(p.v, tile.block_n, block_dv), operand(out),
     )  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])
     return Launch(
         hopper_forward_kernel, programs, operands, (lse, counters), p.lengths(), counts,
+        (mods_of(p),), options,
+    )  # fmt: skip
+
+
+def serves_backward(problem, dout) -> bool:
+    """Of the calls that `serves` accepts, those of one head_dim to 128."""
+    head_dim = problem.q.shape[-1]
+    return head_dim == problem.v.shape[-1] <= 128 and _is_aligned(dout)
+
+
+def backward_tile(problem) -> HopperConfig:
+    """The table's config."""
+    return choose_hopper_backward(problem.q.shape[-1])
+
+
+def tiles_of_rows(problem, block_m) -> int:
+    """The blocks of query rows of one head, of all sequences."""
+    rows_q, _, batch = counts_of(problem)
+    return num_tiles(Lengths(problem.cu_seqlens_q, None, None, rows_q, batch), block_m)
+
+
+def workspace(problem, tile: HopperConfig) -> tuple:
+    """-> (stats, sums), float32, uninitialised: per head and block of query rows 2 * BLOCK_M and
+    BLOCK_M * BLOCK_D numbers."""
+    p = problem
+    rows = tiles_of_rows(p, tile.block_m) * p.q.shape[-2] * tile.block_m
+    new = {"dtype": torch.float32, "device": p.q.device}
+    return torch.empty(2 * rows, **new), torch.empty(rows * hopper_dim(p.q.shape[-1]), **new)
+
+
+def _rows_launch(problem, kernel, operands, pointers, others, tile: HopperConfig) -> Launch:
+    """A call over the blocks of query rows of every head."""
+    p = problem
+    rows_q, _, batch = counts_of(p)
+    tiles = tiles_of_rows(p, tile.block_m)
+    options = {
+        "BLOCK_M": tile.block_m, "BLOCK_D": hopper_dim(p.q.shape[-1]), "DIM": p.q.shape[-1],
+        "num_warps": 4, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return Launch(
+        kernel, tiles * p.q.shape[-2], tuple(map(operand, operands)), pointers,
+        (p.cu_seqlens_q, p.seqused_q), (rows_q, batch, tiles), others, options,
+    )  # fmt: skip
+
+
+def prepare_launch(problem, out, dout, lse, dlse, delta, stats, sums, tile) -> Launch:
+    """The call that fills `stats`, and `delta` unless it is None, and zeros `sums`."""
+    pointers = (lse, dlse, delta, stats, sums)
+    return _rows_launch(problem, prepare_kernel, (out, dout), pointers, (), tile)
+
+
+def finish_launch(problem, sums, dq, tile) -> Launch:
+    """The call that fills `dq`."""
+    scale = (mods_of(problem).scale_log2,)
+    return _rows_launch(problem, finish_kernel, (dq,), (sums,), scale, tile)
+
+
+def backward_launch(problem, dout, stats, sums, dk, dv, counters, tile: HopperConfig) -> Launch:
+    """The call that adds dQ, over the scale, to `sums` and fills dk and dv."""
+    p = problem
+    block_d = hopper_dim(p.q.shape[-1])
+    schedule = schedule_of(p, tile.block_n, True)
+    group = p.q.shape[-2] // p.k.shape[-2]
+    flat, rows = [2 * tile.block_m], [tile.block_m * block_d // 256, 256]
+    operands = (
+        _descriptor(p.q, tile.block_m, block_d), _descriptor(p.k, tile.block_n, block_d),
+        _descriptor(p.v, tile.block_n, block_d), _descriptor(dout, tile.block_m, block_d),
+        TensorDescriptor(sums, [sums.numel() // 256, 256], [256, 1], rows, FLAT_ROWS),
+        TensorDescriptor(stats, [stats.numel()], [1], flat, _layout(stats.dtype, *flat)),
+        operand(dk), operand(dv),
+    )  # fmt: skip
+    counts = (*counts_of(p), p.k.shape[-2], group, *schedule, tiles_of_rows(p, tile.block_m))
+    options = {
+        "SPEC": spec_of(p), "SCRUB": _scrubs(p), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles, "num_warps": 8,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    programs = min(multiprocessors(p.q.device), schedule[2])
+    return Launch(
+        hopper_backward_kernel, programs, operands, (counters,), p.lengths(), counts,
         (mods_of(p),), options,
     )  # fmt: skip

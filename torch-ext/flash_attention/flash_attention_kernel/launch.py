@@ -163,10 +163,15 @@ def _readable(problem):
     return problem._replace(q=_by_rows(q), k=_by_rows(k), v=_by_rows(v))
 
 
+def _captured(device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _counters(device):
     """[2] int32 zeros for a kernel that leaves zeros behind: those of the current stream, or, while
     it is captured, new ones, as a graph may run beside other work of the stream."""
-    if torch.cuda.is_current_stream_capturing():
+    if _captured(device):
         return torch.zeros(2, dtype=torch.int32, device=device)
     key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
     counters = _counters_of_stream.get(key)
@@ -327,14 +332,69 @@ def append(
         (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
         (tuple(calls.paging_of(k_cache, block_table, batch_idx)),), build,
     )  # fmt: skip
-    capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not capturing and OVERFLOW.value in seqused.tolist():
+    if not _captured(q.device) and OVERFLOW.value in seqused.tolist():
         where = "the cache" if block_table is None else "block_table"
         raise RuntimeError(
             f"{where} has no room for all of k and v after cache_seqlens; what has none was not "
             "written: give it more rows, or pages"
         )
     return seqused, q.new_empty(0) if q_out is q else q_out
+
+
+def _takes_hopper_backward(memo, problem, dout) -> bool:
+    """Whether the kernels for sm_90 serve this problem's gradients."""
+    if "takes_hopper_backward" not in memo:
+        takes = _takes_hopper(memo, problem)
+        memo["takes_hopper_backward"] = takes and _hopper_calls().serves_backward(problem, dout)
+    return memo["takes_hopper_backward"] and memo["takes_hopper"]
+
+
+def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
+    """Whether the kernels for sm_90 have been called; not where they do not compile. rows: out,
+    dout, lse and dlse; delta: None unless it is wanted."""
+    hopper_calls, device = _hopper_calls(), problem.q.device
+    tile = hopper_calls.backward_tile(problem)
+    stats, sums = hopper_calls.workspace(problem, tile)
+    counters, mods, lengths = _counters(device), calls.mods_of(problem), problem.lengths()
+    of_q = (problem.cu_seqlens_q, problem.seqused_q)
+    out, dout, lse, dlse = rows
+    try:
+        _call(
+            memo, "prepare", device, (out, dout), (lse, dlse, delta, stats, sums), of_q, (),
+            lambda: hopper_calls.prepare_launch(problem, *rows, delta, stats, sums, tile),
+        )  # fmt: skip
+        _call(
+            memo, "hopper_backward", device, (*problem[:3], dout, sums, stats, dk, dv), (counters,),
+            lengths, (tuple(mods),),
+            lambda: hopper_calls.backward_launch(
+                problem, dout, stats, sums, dk, dv, counters, tile
+            ),
+        )  # fmt: skip
+    except (TritonError, RuntimeError) as error:
+        if "hopper_backward" in memo:  # it has run: this is another error
+            raise
+        _without_hopper(error)
+        memo["takes_hopper"] = False
+        return False
+    _call(
+        memo, "finish", device, (dq,), (sums,), of_q, (mods.scale_log2,),
+        lambda: hopper_calls.finish_launch(problem, sums, dq, tile),
+    )  # fmt: skip
+    return True
+
+
+def _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, kv_tile):
+    """dq_kernel and dkdv_kernel. rows: out, dout, lse and dlse."""
+    device, lengths, others = problem.q.device, problem.lengths(), (tuple(calls.mods_of(problem)),)
+    out, dout, lse, dlse = rows
+    _call(
+        memo, "dq", device, (*problem[:3], out, dout, dq), (lse, dlse, delta, dslope), lengths,
+        others, lambda: calls.dq_launch(problem, dout, dlse, out, lse, dq, delta, dslope, dq_tile),
+    )  # fmt: skip
+    _call(
+        memo, "dkdv", device, (*problem[:3], dout, dk, dv), (lse, delta), lengths,
+        others, lambda: calls.dkdv_launch(problem, dout, lse, delta, dk, dv, kv_tile),
+    )  # fmt: skip
 
 
 @_on_device
@@ -356,17 +416,18 @@ def backward(
         tensor.zero_()
     problem = _readable(problem)
     dout = _by_rows(dout)
-    memo = _memo((dq_tile, kv_tile, *_signature(problem, dout, out, lse, dlse, dq, dk, dv, dslope)))
-    device, lengths, others = problem.q.device, problem.lengths(), (tuple(calls.mods_of(problem)),)
-    _call(
-        memo, "dq", device, (*problem[:3], out, dout, dq),
-        (lse, dlse, delta, dslope), lengths, others,
-        lambda: calls.dq_launch(problem, dout, dlse, out, lse, dq, delta, dslope, dq_tile),
-    )  # fmt: skip
-    _call(
-        memo, "dkdv", device, (*problem[:3], dout, dk, dv), (lse, delta), lengths,
-        others, lambda: calls.dkdv_launch(problem, dout, lse, delta, dk, dv, kv_tile),
-    )  # fmt: skip
+    rows = (out, dout, lse, dlse)
+    memo = _memo((dq_tile, kv_tile, *wanted, *_signature(problem, *rows, dq, dk, dv)))
+    repeatable = problem.deterministic or torch.are_deterministic_algorithms_enabled()
+    if (
+        repeatable  # and not by kernels that sum dQ in any order
+        or dq_tile is not None
+        or want_bias
+        or want_slopes
+        or not _takes_hopper_backward(memo, problem, dout)
+        or not _backward_by_hopper(memo, problem, rows, delta if want_sink else None, dq, dk, dv)
+    ):
+        _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, kv_tile)
     if want_bias:
         dbias = torch.zeros_like(problem.attn_bias, memory_format=torch.contiguous_format)
         if dbias.numel():

@@ -94,6 +94,15 @@ def find_block(tile, lengths, BLOCK: tl.constexpr, times=1):
         return lo, tile - (tl.load(lengths.cu_seqlens + lo) * times // BLOCK + lo)
 
 
+@triton.jit
+def first_tile(lengths, seq, BLOCK: tl.constexpr):
+    """The tile that `find_block` finds to be a sequence's first."""
+    if lengths.cu_seqlens is None:
+        return seq * tl.cdiv(lengths.rows, BLOCK)
+    else:
+        return tl.load(lengths.cu_seqlens + seq) // BLOCK + seq
+
+
 def num_tiles(lengths: Lengths, block: int, times: int = 1) -> int:
     """How many tiles of `block` rows `find_block` may be asked for."""
     if lengths.cu_seqlens is None:

@@ -11,28 +11,24 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..common import LN2, at_head, row_at_head, row_operand
 from ..masks import diagonal_shift, keep_mask
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
-from .pipeline import make_channel, make_notes
+from .pipeline import make_channel, make_notes, scrub
 from .schedule import (
     TILE_FIELDS,
     Call,
     Schedule,
-    blocks_of_note,
     draw,
     find_tile,
     leave,
     received_tile,
     send_end,
+    value_of_note,
 )
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
@@ -90,20 +86,6 @@ def load(
 
 
 @gluon.jit
-def scrub(v_tile, rows, ROWS_V: gl.constexpr, COLS: gl.constexpr):
-    """Zero the rows of V from `rows` on, which belong to another sequence: 0 * NaN is NaN."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    offs = gl.arange(0, 16, layout=gl.SliceLayout(1, LAYOUT))
-    for first in gl.static_range(0, ROWS_V, 16):
-        if first + 16 > rows:
-            part = v_tile.slice(first, 16)
-            values = part.load(LAYOUT)
-            keep = (first + offs < rows)[:, None]
-            part.store(gl.where(keep, values, gl.zeros_like(values)))
-    fence_async_shared()
-
-
-@gluon.jit
 def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, MASKED: gl.constexpr):
     """The scores of block i from its products; -inf, if MASKED, where the mask hides the key."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
@@ -155,18 +137,18 @@ def first_products_alone(
 
 
 @gluon.jit
-def clean(v_tiles, count, tile, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+def clean(v_tiles, count, tile, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr):
     """Scrub V's first block, which alone may have rows of another sequence."""
     if tile.seqlen_k < tile.last_n + BLOCK_N:
-        scrub(
-            v_tiles.receive(count, BLOCK_N, BLOCK_D), tile.seqlen_k - tile.last_n, BLOCK_N, BLOCK_D
-        )
+        v_tile = v_tiles.receive(count, BLOCK_N, BLOCK_DV)
+        scrub(v_tile, tile.seqlen_k - tile.last_n, BLOCK_N, BLOCK_DV)
 
 
 @gluon.jit
 def step(
     acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
     SPEC: gl.constexpr, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Block i's softmax; then QKᵀ of the next and its PV."""
     scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC, MASKED)
@@ -178,7 +160,7 @@ def step(
     S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_D)
+    v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_DV)
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
     rings.k.release(kv_count + i + 1)
@@ -191,6 +173,7 @@ def step(
 def last_step(
     acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, mods, head_mods,
     SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """The last block's softmax; then QKᵀ of the next tile's first block and this one's PV.
     -> (acc, l_i, m_i, qk, the next tile's blocks)"""
@@ -199,10 +182,10 @@ def last_step(
     weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
     acc = rescaled(acc, alpha)
     p = factor(weights, acc, rings.q.tiles.dtype)
-    blocks = blocks_of_note(rings.notes, tile_count)
+    blocks = value_of_note(rings.notes, tile_count)
     next_k = kv_count + tile.blocks
     qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, BLOCK_N, BLOCK_D)
-    v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_D)
+    v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_DV)
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
     if blocks > 0:
@@ -216,42 +199,44 @@ def last_step(
 def attend(
     qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
     SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """All the tile's keys, from the products of the first block on.
-    -> (acc [ROWS, BLOCK_D], l_i, m_i, first products of the next tile, its blocks)"""
-    O_LAYOUT: gl.constexpr = product_layout(BLOCK_D)
-    acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
+    -> (acc [ROWS, BLOCK_DV], l_i, m_i, first products of the next tile, its blocks)"""
+    O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
+    acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
     last = tile.blocks - 1
     q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
     if SCRUB:
-        clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_D)
-    # At least one step of the first loop: where it was skipped, ptxas 12.8 (Triton 3.6) left the
-    # second without Q's descriptor, whose computation it had put before the first alone.
-    full_from = gl.minimum(gl.maximum(tile.masked_end, 1), last)
-    full_to = last
-    if SPEC.left:
-        full_to = gl.maximum(gl.minimum(tile.blocks - tile.masked_begin, last), full_from)
-    for i in range(0, full_from):
-        acc, l_i, m_i, qk = step(
-            acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-            SPEC, True, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    for i in range(full_from, full_to):
-        acc, l_i, m_i, qk = step(
-            acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-            SPEC, False, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    if SPEC.left:
-        for i in range(full_to, last):
+        clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_DV)
+    if last > 0:
+        # The first loop takes a step at least, and the test above says so to the compiler: where it
+        # could be skipped, ptxas 12.8 (Triton 3.6) computed Q's descriptor before it alone, and
+        # read it in the second all the same.
+        full_from = gl.minimum(gl.maximum(tile.masked_end, 1), last)
+        full_to = last
+        if SPEC.left:
+            full_to = gl.maximum(gl.minimum(tile.blocks - tile.masked_begin, last), full_from)
+        for i in range(0, full_from):
             acc, l_i, m_i, qk = step(
                 acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                SPEC, True, BLOCK_N, BLOCK_D,
+                SPEC, True, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
+        for i in range(full_from, full_to):
+            acc, l_i, m_i, qk = step(
+                acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+                SPEC, False, BLOCK_N, BLOCK_D, BLOCK_DV,
+            )  # fmt: skip
+        if SPEC.left:
+            for i in range(full_to, last):
+                acc, l_i, m_i, qk = step(
+                    acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+                    SPEC, True, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
     rings.q.release(q_count)
     return last_step(
         acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, mods, head_mods,
-        SPEC, BLOCK_M, BLOCK_N, BLOCK_D,
+        SPEC, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
 
@@ -277,7 +262,7 @@ def store(out, lse, acc, l_i, m_i, q_pos, tile, scale, FIRST: gl.constexpr, DIM:
 @gluon.jit
 def multiply(
     rings, call, out, lse, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Consumer number WHICH: rows WHICH * ROWS and on of every tile."""
     S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
@@ -287,7 +272,7 @@ def multiply(
     tile_count = 0
     mods = call.mods
     scale = exponent_scale(mods, SPEC)
-    blocks = blocks_of_note(rings.notes, tile_count)
+    blocks = value_of_note(rings.notes, tile_count)
     qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
     while blocks >= 0:
         tile = received_tile(rings.notes, blocks, tile_count)
@@ -302,14 +287,14 @@ def multiply(
         if tile.blocks > 0:
             acc, l_i, m_i, qk, blocks = attend(
                 qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
-                SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
+                SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             q_count += BLOCK_M // ROWS
             kv_count += tile.blocks
         else:
-            O_LAYOUT: gl.constexpr = product_layout(BLOCK_D)
-            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, O_LAYOUT)
-            blocks = blocks_of_note(rings.notes, tile_count)
+            O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
+            acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
+            blocks = value_of_note(rings.notes, tile_count)
             qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
         if tile.start_m >= 0:
             rows = row_operand(lse, call.nheads, call.q_lengths)
@@ -325,7 +310,7 @@ def hopper_forward_kernel(
     q, k, v, out, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
     rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group, mods,
     SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
     (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand, lse a
@@ -334,7 +319,7 @@ def hopper_forward_kernel(
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
     CONSUMERS: gl.constexpr = BLOCK_M // ROWS
-    q_tiles = make_channel(q, 2 * CONSUMERS, 1)  # of two tiles, a consumer's rows each
+    q_tiles = make_channel(q, Q_TILES * CONSUMERS, 1)  # a consumer's rows each
     k_tiles = make_channel(k, STAGES, CONSUMERS)
     v_tiles = make_channel(v, STAGES, CONSUMERS)
     notes = make_notes(TILE_FIELDS, CONSUMERS)
@@ -343,8 +328,14 @@ def hopper_forward_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (multiply, (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
-                (multiply, (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
+                (
+                    multiply,
+                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                ),
+                (
+                    multiply,
+                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                ),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4],
@@ -353,9 +344,18 @@ def hopper_forward_kernel(
     else:
         gl.warp_specialize(
             [
-                (multiply, (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
-                (multiply, (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
-                (multiply, (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D)),
+                (
+                    multiply,
+                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                ),
+                (
+                    multiply,
+                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                ),
+                (
+                    multiply,
+                    (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                ),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4, 4],

@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .compat import aggregate, async_load
 
@@ -34,6 +34,16 @@ class Channel:
         barrier = self.ready.index(slot)
         mbarrier.expect(barrier, self.BYTES)
         async_load(desc, coords, barrier, self.tiles.index(slot))
+
+    @gluon.jit
+    def fill_both(self, desc, coords, more_desc, more_coords, more, count):
+        """`fill`, and of the ring `more`, which has no barriers of its own, from more_desc."""
+        slot = count % self.STAGES
+        mbarrier.wait(self.free.index(slot), (count // self.STAGES & 1) ^ 1)
+        barrier = self.ready.index(slot)
+        mbarrier.expect(barrier, self.BYTES + more_desc.block_type.nbytes)
+        async_load(desc, coords, barrier, self.tiles.index(slot))
+        async_load(more_desc, more_coords, barrier, more.index(slot))
 
     @gluon.jit
     def wait(self, count):
@@ -72,6 +82,21 @@ def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
     ready, free = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     return Channel(tiles, ready, free, STAGES, desc.block_type.nbytes)
+
+
+@gluon.jit
+def scrub(tile, rows, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """Zero the rows of a tile from `rows` on, which belong to another sequence: 0 * NaN is NaN."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+    STEP: gl.constexpr = 4 * gl.num_warps()
+    offs = gl.arange(0, STEP, layout=gl.SliceLayout(1, LAYOUT))
+    for first in gl.static_range(0, ROWS, STEP):
+        if first + STEP > rows:
+            part = tile.slice(first, STEP)
+            values = part.load(LAYOUT)
+            keep = (first + offs < rows)[:, None]
+            part.store(gl.where(keep, values, gl.zeros_like(values)))
+    fence_async_shared()
 
 
 @aggregate

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..masks import diagonal_shift, kv_block_range
-from ..seqlen import find_block, partner_bounds, sequence_bounds
+from ..masks import diagonal_shift, kv_block_range, q_block_range
+from ..seqlen import find_block, first_tile, partner_bounds, sequence_bounds
 
 
 class Schedule(NamedTuple):
@@ -38,14 +38,32 @@ class Tile(NamedTuple):
     start_m: Any  # negative: there is no such tile
     q_first: Any
     seqlen_q: Any
-    k_first: Any
+    k_first: Any  # the producer's alone
     seqlen_k: Any
     last_n: Any  # where the last block of keys begins, which is the first to be visited
     masked_end: Any  # how many of the first, and of the last that are visited, need a mask
     masked_begin: Any
 
 
+class Work(NamedTuple):
+    """BLOCK_N keys of one KV head, and the query rows that see them, for the backward."""
+
+    steps: Any  # blocks of queries, of all heads of the group; negative: there is no more work
+    seq: Any
+    head_k: Any
+    start_n: Any  # negative: there are no such keys
+    k_first: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    first_tile: Any  # of the sequence's queries, among those of a head
+    begin: Any  # the first row
+    full_begin: Any  # from here, up to full_end, no mask is needed
+    full_end: Any
+    end: Any
+
+
 TILE_FIELDS: gl.constexpr = gl.constexpr(len(Tile._fields))
+WORK_FIELDS: gl.constexpr = gl.constexpr(len(Work._fields))
 
 
 @gluon.jit
@@ -73,8 +91,8 @@ def send_end(notes, count):
 
 
 @gluon.jit
-def blocks_of_note(notes, count):
-    """Wait for note number `count` -> its tile's blocks, negative at the end."""
+def value_of_note(notes, count):
+    """Wait for note number `count` -> its first field, negative at the end."""
     notes.wait(count)
     return notes.field(count, 0)
 
@@ -84,7 +102,7 @@ def received_tile(notes, blocks, count):
     """The tile that is note number `count`, of so many blocks."""
     tile = Tile(
         blocks, notes.field(count, 1), notes.field(count, 2), notes.field(count, 3),
-        notes.field(count, 4), notes.field(count, 5), notes.field(count, 6), notes.field(count, 7),
+        notes.field(count, 4), notes.field(count, 5), 0, notes.field(count, 7),
         notes.field(count, 8), notes.field(count, 9), notes.field(count, 10),
     )  # fmt: skip
     notes.release(count)
@@ -92,16 +110,20 @@ def received_tile(notes, blocks, count):
 
 
 @gluon.jit
-def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Tile number `index`: blocks in the outer, the heads of a group in the inner loop, last rows,
-    which see most keys, first."""
-    schedule = call.schedule
+def find_place(index, schedule):
+    """-> (head, rank): blocks in the outer, the heads of a group in the inner loop."""
     in_group = schedule.group * schedule.per_head
     group = index // in_group
     rest = index % in_group
     members = gl.minimum(schedule.group, schedule.heads - group * schedule.group)
-    head = group * schedule.group + rest % members
-    block = schedule.per_head - 1 - rest // members
+    return group * schedule.group + rest % members, rest // members
+
+
+@gluon.jit
+def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Tile number `index`, last rows, which see most keys, first."""
+    head, rank = find_place(index, call.schedule)
+    block = call.schedule.per_head - 1 - rank
     seq = 0
     if call.q_lengths.cu_seqlens is None:
         seq = head // call.nheads
@@ -122,3 +144,72 @@ def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: g
         blocks, seq, head, gl.where(exists, start_m, -1), q_first, seqlen_q, k_first, seqlen_k,
         begin + (blocks - 1) * BLOCK_N, masked_end, (full_begin - begin) // BLOCK_N,
     )  # fmt: skip
+
+
+@gluon.jit
+def find_work(
+    index, call, group_size, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Work number `index`, first keys, which most queries see, first. call.nheads: KV heads."""
+    head_k, block = find_place(index, call.schedule)
+    seq = 0
+    if call.k_lengths.cu_seqlens is None:
+        seq = head_k // call.nheads
+        head_k = head_k % call.nheads
+    else:
+        seq, block = find_block(block, call.k_lengths, BLOCK_N)
+    k_first, seqlen_k = sequence_bounds(call.k_lengths, seq)
+    _, seqlen_q = partner_bounds(call.q_lengths, seq)
+    shift = diagonal_shift(seqlen_q, seqlen_k, SPEC)
+    start_n = block * BLOCK_N
+    begin, full_begin, full_end, end = q_block_range(
+        start_n, seqlen_q, shift, call.mods, SPEC, BLOCK_M, BLOCK_N
+    )
+    exists = (start_n >= 0) & (start_n < seqlen_k)
+    blocks = gl.where(exists, (gl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M, 0)
+    if start_n + BLOCK_N > seqlen_k:  # keys that do not exist would add to dQ as others do
+        full_begin = full_end
+    return Work(
+        blocks * group_size, seq, head_k, gl.where(exists, start_n, -1), k_first, seqlen_q,
+        seqlen_k, first_tile(call.q_lengths, seq, BLOCK_M), begin, full_begin, full_end, end,
+    )  # fmt: skip
+
+
+@gluon.jit
+def send_no_work(notes, count):
+    """Tell the consumer that there is no more work."""
+    notes.send(Work(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), count)
+
+
+@gluon.jit
+def received_work(notes, steps, count, call, SPEC: gl.constexpr):
+    """The work that is note number `count`, of so many steps; what is the same for all work is not
+    read, and takes no register."""
+    lengths = call.k_lengths
+    k_first = 0
+    seqlen_k = lengths.rows
+    if lengths.cu_seqlens is not None or lengths.leftpad is not None or lengths.used is not None:
+        k_first = notes.field(count, 4)
+        seqlen_k = notes.field(count, 6)
+    seqlen_q = call.q_lengths.rows
+    if call.q_lengths.cu_seqlens is not None or call.q_lengths.used is not None:
+        seqlen_q = notes.field(count, 5)
+    begin = 0
+    if SPEC.causal or SPEC.right:
+        begin = notes.field(count, 8)
+    return Work(
+        steps, notes.field(count, 1), notes.field(count, 2), notes.field(count, 3), k_first,
+        seqlen_q, seqlen_k, notes.field(count, 7), begin, notes.field(count, 9),
+        notes.field(count, 10), notes.field(count, 11),
+    )  # fmt: skip
+
+
+@gluon.jit
+def next_block(start_m, head, work, group_size, BLOCK_M: gl.constexpr):
+    """-> (start_m, head) of the block of queries after this one."""
+    start_m += BLOCK_M
+    if group_size != 1:
+        if start_m >= work.end:
+            start_m = work.begin
+            head += 1
+    return start_m, head

@@ -1,0 +1,87 @@
+"""What surrounds hopper/backward.py: its rows' stats before, dQ from its float32 sums after."""
+
+import triton
+import triton.language as tl
+
+from ..common import (
+    LN2,
+    LOG2E,
+    at_head,
+    load_row,
+    load_tile,
+    row_at_head,
+    row_operand,
+    store_row,
+    store_tile,
+)
+from ..seqlen import Lengths, find_block, sequence_bounds
+
+
+@triton.jit(do_not_specialize=("rows", "batch", "num_tiles"))
+def prepare_kernel(
+    out, dout, lse, dlse, delta, stats, sums, cu_seqlens, seqused, rows, batch, num_tiles,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Grid: (num_tiles * nheads,) over blocks of BLOCK_M query rows. Writes their stats [2,
+    BLOCK_M], lse in log2 units and delta = rowsum(dO * O) - dlse (dlse None: 0), zeros their
+    BLOCK_M * BLOCK_D sums, and writes `delta` by rows, like lse, unless that is None. A row that
+    does not exist has lse +inf, and so no weights.
+
+    out and dout are Operands, the others pointers; stats and sums float32, block after block.
+    """
+    lengths = Lengths(cu_seqlens, seqused, None, rows, batch)
+    nheads = tl.num_programs(0) // num_tiles
+    head = tl.program_id(0) // num_tiles
+    seq, block = find_block(tl.program_id(0) % num_tiles, lengths, BLOCK_M)
+    q_first, seqlen = sequence_bounds(lengths, seq)
+    start_m = block * BLOCK_M
+    if start_m < 0 or start_m >= seqlen:
+        return
+    lse_head = row_at_head(row_operand(lse, nheads, lengths), seq, head, q_first)
+    lse_row = load_row(lse_head, start_m, seqlen, float("inf"), BLOCK_M, True)
+    dout_head = at_head(dout, seq, head, q_first)
+    dout_tile = load_tile(dout_head, start_m, seqlen, BLOCK_M, BLOCK_D, True, DIM)
+    out_head = at_head(out, seq, head, q_first)
+    out_tile = load_tile(out_head, start_m, seqlen, BLOCK_M, BLOCK_D, True, DIM)
+    delta_row = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if dlse is not None:
+        dlse_head = row_at_head(row_operand(dlse, nheads, lengths), seq, head, q_first)
+        delta_row -= load_row(dlse_head, start_m, seqlen, 0.0, BLOCK_M, True)
+    delta_row = tl.where(lse_row == float("inf"), 0.0, delta_row)  # no keys, no gradient
+    if delta is not None:
+        delta_head = row_at_head(row_operand(delta, nheads, lengths), seq, head, q_first)
+        store_row(delta_head, start_m, seqlen, delta_row, BLOCK_M)
+    block = tl.cast(tl.program_id(0), tl.int64)
+    row = tl.arange(0, BLOCK_M)
+    place = row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2  # by stats_layout
+    offs = block * (2 * BLOCK_M) + place
+    tl.store(stats + offs, lse_row * LOG2E)
+    tl.store(stats + offs + BLOCK_M, delta_row)
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_D
+    tl.store(sums + block * SIZE + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
+
+
+@triton.jit
+def in_rows(flat, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """[ROWS, COLS] from the order of dq_layout, hopper/backward.py."""
+    tile = tl.reshape(flat, [COLS // 8, ROWS // 16, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(tile, (1, 4, 2, 0, 3, 5)), [ROWS, COLS])
+
+
+@triton.jit(do_not_specialize=("rows", "batch", "num_tiles"))
+def finish_kernel(
+    dq, sums, cu_seqlens, seqused, rows, batch, num_tiles, scale_log2,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Grid: (num_tiles * nheads,). dq, an Operand, = softmax_scale * sums."""
+    lengths = Lengths(cu_seqlens, seqused, None, rows, batch)
+    head = tl.program_id(0) // num_tiles
+    seq, block = find_block(tl.program_id(0) % num_tiles, lengths, BLOCK_M)
+    q_first, seqlen = sequence_bounds(lengths, seq)
+    start_m = block * BLOCK_M
+    if start_m < 0 or start_m >= seqlen:
+        return
+    SIZE: tl.constexpr = BLOCK_M * BLOCK_D
+    flat = tl.load(sums + tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE))
+    tile = in_rows(flat, BLOCK_M, BLOCK_D) * (scale_log2 * LN2)
+    store_tile(at_head(dq, seq, head, q_first), start_m, seqlen, tile, BLOCK_M, BLOCK_D, DIM)
