@@ -66,7 +66,7 @@ def recorders(module, monkeypatch):
             found[name] = Recorder()
             kernels = module(f"flash_attention_kernel.{file}")
             monkeypatch.setattr(kernels, name, found[name])
-    monkeypatch.setattr(module("flash_attention_kernel.launch"), "_memos", {})
+    monkeypatch.setattr(module("flash_attention_kernel.plans"), "memos", {})
     monkeypatch.setattr(driver, "_active", Driver())
     return found
 

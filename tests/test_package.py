@@ -41,8 +41,9 @@ LAYERS = {
     "options": set(),
     "flash_attention_kernel/__init__": set(),
     "flash_attention_kernel/launch": {
-        "append_kv", "cache_calls", "calls", "config", "hopper_calls",
+        "append_kv", "cache_calls", "calls", "config", "hopper_calls", "plans",
     },
+    "flash_attention_kernel/plans": {"calls"},
     "flash_attention_kernel/hopper_calls": {"calls", "config", "hopper", "seqlen"},
     "flash_attention_kernel/hopper/__init__": set(),
     "flash_attention_kernel/hopper/compat": set(),

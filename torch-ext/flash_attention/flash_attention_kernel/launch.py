@@ -1,13 +1,8 @@
-"""Kernel calls made: buffers, launches, and plans for those made before.
-
-A call keeps what it was built of under the signature of its tensors, so that the next one with the
-same shapes and strides only fills in the pointers.
-"""
+"""Kernel calls made: buffers, which kernels, and the order of their launches."""
 
 import functools
 import logging
-from types import SimpleNamespace
-from typing import Any, NamedTuple, Optional
+from typing import Optional
 
 import torch
 import triton
@@ -16,115 +11,13 @@ from triton.errors import TritonError
 from . import cache_calls, calls
 from .append_kv import OVERFLOW
 from .cache_calls import Splits
-from .calls import Launch
 from .config import TileConfig, architecture
-
-MAX_PLANS = 4096  # signatures remembered; one costs about 2 KiB
-
-
-class Plan(NamedTuple):
-    """A launch without its tensors and its scale, for calls of the same signature."""
-
-    compiled: Any  # None: nothing to launch
-    programs: int
-    layouts: tuple  # of each operand: its strides, or the fields of its tensor descriptor
-    counts: tuple
-    constexprs: tuple
-
+from .plans import call, layout, memo_of, run, signature
 
 logger = logging.getLogger(__name__)
 
 _counters_of_stream = {}  # (device, stream) -> zeros
 _warned = set()
-_memos = {}  # signature -> memo: what is known of the calls that have it
-
-
-def _layout(tensor):
-    """What of a tensor a compiled kernel or a launch depends on, beyond its shape."""
-    return None if tensor is None else (tensor.stride(), tensor.data_ptr() & 15)
-
-
-def _signature(problem, *more) -> tuple:
-    """Everything that Triton specialises on or a launch is computed from."""
-    q, k, v = problem[:3]
-    key = (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
-        q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, q.dtype, q.device, problem.causal,
-        problem.softmax_scale > 0, *map(_layout, more),
-    )  # fmt: skip
-    if problem.cu_seqlens_q is not None:
-        key += (problem.cu_seqlens_q.shape[0], problem.size_class())
-    if problem.has_mods():
-        tensors = problem.tensors()[3:]
-        scalars = problem.modifiers()[:-1]  # not max_seqlen_q
-        key += (scalars, *((t.shape, t.dtype, _layout(t)) if t is not None else t for t in tensors))
-    return key
-
-
-def _profiled() -> bool:
-    """Whether a profiler has hooked Triton's launches: then they go the long way."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(getattr(hook, "calls", hook))  # a chain of hooks, or None
-
-
-def _memo(key) -> dict:
-    """The memo of a signature, empty at first: plans by name, and whether and how to split."""
-    memo = _memos.get(key)
-    if memo is None:
-        if len(_memos) >= MAX_PLANS:
-            _memos.clear()
-        memo = _memos[key] = {}
-    return memo
-
-
-def _call(memo, name, device, operands, pointers, lengths, others, build):
-    """Launch by the plan that `memo` has under `name`, or else by what `build` returns."""
-    plan = memo.get(name)
-    if plan is None or _profiled():
-        return _first_call(memo, name, build())
-    compiled = plan.compiled
-    if compiled is not None:
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
-        # The last lines of JITFunction.run, alike in Triton 3.6 to 3.9; what precedes them there
-        # costs 19 us a call on an H200's host.
-        compiled.run(
-            plan.programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
-            None, None, None, *[
-                (t, *layout) if layout.__class__ is tuple else SimpleNamespace(base=t, **layout)
-                for t, layout in zip(operands, plan.layouts)
-            ],
-            *pointers, *lengths, *plan.counts, *others, *plan.constexprs,
-        )  # fmt: skip
-
-
-def _layout_of(operand):
-    """An operand without its tensor: strides, or of a descriptor all fields, which is what Triton
-    reads of one."""
-    if isinstance(operand, tuple):
-        return operand[1:]
-    return {name: value for name, value in vars(operand).items() if name != "base"}
-
-
-def _first_call(memo, name, launch: Launch):
-    """Make a call the long way and remember its plan."""
-    compiled = None
-    if launch.programs > 0:
-        compiled = launch.kernel[launch.grid](*launch.args, **launch.options)
-        if compiled is None:  # the interpreter: there is nothing to remember
-            return
-    memo[name] = Plan(
-        compiled,
-        launch.programs,
-        tuple(map(_layout_of, launch.operands)),
-        launch.counts,
-        tuple(value for name, value in launch.options.items() if name.isupper()),
-    )
-
-
-def _run(launch: Launch):
-    """Make a call that is not worth a plan."""
-    if launch.programs > 0:
-        launch.kernel[launch.grid](*launch.args, **launch.options)
 
 
 def _on_device(function):
@@ -193,7 +86,7 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
         lse.fill_(float("inf"))
     problem = _readable(problem)
     if not given:
-        memo = _memo((tile, splits, *_signature(problem)))
+        memo = memo_of((tile, splits, *signature(problem)))
     splits = splits or _splits_of(memo, problem, tile)
     others = (
         tuple(calls.paging_of(problem.k, *problem.pages())),
@@ -205,7 +98,7 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     takes_hopper = tile is None and _takes_hopper(memo, problem)
     if takes_hopper and _by_hopper(memo, problem, out, lse, others[1:]):
         return out, lse
-    _call(
+    call(
         memo, "forward", problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
         lambda: calls.forward_launch(problem, out, lse, tile),
     )  # fmt: skip
@@ -247,7 +140,7 @@ def _by_hopper(memo, problem, out, lse, others) -> bool:
     device, lengths = problem.q.device, problem.lengths()
     counters = _counters(device)
     try:
-        _call(
+        call(
             memo, "hopper", device, (*problem[:3], out), (lse, counters), lengths, others,
             lambda: _hopper_calls().forward_launch(problem, out, lse, counters),
         )  # fmt: skip
@@ -288,13 +181,13 @@ def _decode(memo, problem, out, lse, others, splits: Splits, tile):
         to_lse = torch.empty((splits.num, *lse.shape), **new)
         if problem.seqused_q is not None:
             to_lse.fill_(float("-inf"))
-    _call(
+    call(
         memo, "decode", device, (*problem[:3], to_out), (to_lse,), problem.lengths(), others,
         lambda: cache_calls.decode_launch(problem, to_out, to_lse, splits, tile),
     )  # fmt: skip
     if splits.num > 1:
         parts = (to_out, to_lse, out, lse)
-        _call(
+        call(
             memo, "combine", device, parts, (), (), (),
             lambda: cache_calls.merge_launch(*parts),
         )  # fmt: skip
@@ -307,7 +200,7 @@ def combine(out_partial, lse_partial, dtype):
         out_partial = out_partial.contiguous()
     out = torch.empty(out_partial.shape[1:], dtype=dtype, device=out_partial.device)
     lse = torch.empty(lse_partial.shape[1:], dtype=torch.float32, device=out_partial.device)
-    _run(cache_calls.combine_launch(out_partial, lse_partial, out, lse, float("-inf")))
+    run(cache_calls.combine_launch(out_partial, lse_partial, out, lse, float("-inf")))
     return out, lse
 
 
@@ -326,9 +219,9 @@ def append(
     def build():
         return cache_calls.append_launch(*tensors, q_out, seqused, interleaved, turn_each)
 
-    shapes = ((t.shape, t.dtype, _layout(t)) if t is not None else t for t in tensors)
-    _call(
-        _memo((q.device, interleaved, turn_each, *shapes)), "append", q.device,
+    shapes = ((t.shape, t.dtype, layout(t)) if t is not None else t for t in tensors)
+    call(
+        memo_of((q.device, interleaved, turn_each, *shapes)), "append", q.device,
         (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
         (tuple(calls.paging_of(k_cache, block_table, batch_idx)),), build,
     )  # fmt: skip
@@ -359,11 +252,11 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
     of_q = (problem.cu_seqlens_q, problem.seqused_q)
     out, dout, lse, dlse = rows
     try:
-        _call(
+        call(
             memo, "prepare", device, (out, dout), (lse, dlse, delta, stats, sums), of_q, (),
             lambda: hopper_calls.prepare_launch(problem, *rows, delta, stats, sums, tile),
         )  # fmt: skip
-        _call(
+        call(
             memo, "hopper_backward", device, (*problem[:3], dout, sums, stats, dk, dv), (counters,),
             lengths, (tuple(mods),),
             lambda: hopper_calls.backward_launch(
@@ -376,7 +269,7 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
         _without_hopper(error)
         memo["takes_hopper"] = False
         return False
-    _call(
+    call(
         memo, "finish", device, (dq,), (sums,), of_q, (mods.scale_log2,),
         lambda: hopper_calls.finish_launch(problem, sums, dq, tile),
     )  # fmt: skip
@@ -387,11 +280,11 @@ def _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, 
     """dq_kernel and dkdv_kernel. rows: out, dout, lse and dlse."""
     device, lengths, others = problem.q.device, problem.lengths(), (tuple(calls.mods_of(problem)),)
     out, dout, lse, dlse = rows
-    _call(
+    call(
         memo, "dq", device, (*problem[:3], out, dout, dq), (lse, dlse, delta, dslope), lengths,
         others, lambda: calls.dq_launch(problem, dout, dlse, out, lse, dq, delta, dslope, dq_tile),
     )  # fmt: skip
-    _call(
+    call(
         memo, "dkdv", device, (*problem[:3], dout, dk, dv), (lse, delta), lengths,
         others, lambda: calls.dkdv_launch(problem, dout, lse, delta, dk, dv, kv_tile),
     )  # fmt: skip
@@ -417,7 +310,7 @@ def backward(
     problem = _readable(problem)
     dout = _by_rows(dout)
     rows = (out, dout, lse, dlse)
-    memo = _memo((dq_tile, kv_tile, *wanted, *_signature(problem, *rows, dq, dk, dv)))
+    memo = memo_of((dq_tile, kv_tile, *wanted, *signature(problem, *rows, dq, dk, dv)))
     repeatable = problem.deterministic or torch.are_deterministic_algorithms_enabled()
     if (
         repeatable  # and not by kernels that sum dQ in any order
@@ -431,7 +324,7 @@ def backward(
     if want_bias:
         dbias = torch.zeros_like(problem.attn_bias, memory_format=torch.contiguous_format)
         if dbias.numel():
-            _run(calls.dbias_launch(problem, dout, lse, delta, dbias, dq_tile))
+            run(calls.dbias_launch(problem, dout, lse, delta, dbias, dq_tile))
         grads.append(dbias)
     if want_slopes:
         grads.append(problem.slopes_grad(dslope))
@@ -445,7 +338,7 @@ def probabilities(problem, lse, max_seqlen_q, max_seqlen_k, tile: Optional[TileC
     """-> [batch, nheads, max_seqlen_q, max_seqlen_k] in q's dtype; negative where dropped"""
     probs = problem.empty_probs(max_seqlen_q, max_seqlen_k)
     if probs.numel():
-        _run(calls.probs_launch(problem, lse.contiguous(), probs, tile))
+        run(calls.probs_launch(problem, lse.contiguous(), probs, tile))
     return probs
 
 
@@ -453,5 +346,5 @@ def probabilities(problem, lse, max_seqlen_q, max_seqlen_k, tile: Optional[TileC
 def rotary(x, out, cos, *options):
     """Turn x by its positions' angles into `out`, which may be x; see rotary.py."""
     if cos.shape[-1] and x.numel():
-        _run(calls.rotary_launch(x, out, cos, *options))
+        run(calls.rotary_launch(x, out, cos, *options))
     return out
