@@ -51,14 +51,15 @@ def test_served_cases(kernel, launch, device, case):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", SERVED, ids=[case.name for case in SERVED])
 def test_served_gradients(kernel, launch, device, case):
-    """test_attention.py's cases take this path back: but for some head_dims, and nothing."""
-    inputs = q, k, _, _, _, options = make(case, torch.bfloat16, device)
+    """test_attention.py's cases take this path back: but for some head_dims, options with the
+    smaller ones, the gradient of ALiBi's slopes, and nothing."""
+    inputs = q, k, _, _, _, _ = make(case, torch.bfloat16, device)
     run(kernel, *inputs)
     one_dim = case.head_dim_v in (None, case.head_dim) and case.head_dim <= 128
-    there = one_dim and q.numel() > 0 and k.numel() > 0
-    assert hopper_ran(launch, "hopper_backward") == (
-        there and not case.alibi
-    )  # its slopes' gradient
+    plain = case.window == (-1, -1) and not case.softcap and not case.alibi
+    there = one_dim and not case.alibi and (plain or case.head_dim > 64)
+    wanted = there and q.numel() > 0 and k.numel() > 0
+    assert hopper_ran(launch, "hopper_backward") == wanted
 
 
 @pytest.mark.gpu
@@ -72,7 +73,7 @@ def test_portable_cases(kernel, launch, device, name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("head_dim", (64, 128))
+@pytest.mark.parametrize("head_dim", (96, 128))
 def test_fixed_slopes(kernel, launch, device, head_dim, causal):
     """ALiBi, whose slopes seldom want a gradient, with softcap; beside the portable kernels."""
     shape = (2, 450, 4, head_dim)
@@ -119,7 +120,8 @@ def test_many_tiles(kernel, launch, device, case):
     inputs = make(case, torch.bfloat16, device)
     first = run(kernel, *inputs)
     check(first, *inputs, kernel=kernel)
-    assert hopper_ran(launch) and hopper_ran(launch, "hopper_backward")
+    assert hopper_ran(launch)
+    assert hopper_ran(launch, "hopper_backward") == (case.name != "long-64-window")
     for _ in range(3):
         again = run(kernel, *inputs)
         assert torch.equal(again[0], first[0])

@@ -127,9 +127,14 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
 
 
 def serves_backward(problem, dout) -> bool:
-    """Of the calls that `serves` accepts, those of one head_dim to 128."""
-    head_dim = problem.q.shape[-1]
-    return head_dim == problem.v.shape[-1] <= 128 and _is_aligned(dout)
+    """Of the calls that `serves` accepts, those of one head_dim to 128; to 64, only plain ones:
+    window, softcap and ALiBi spill up to 700 bytes there, and with 300 to 540 plain attention took
+    1.2 to 1.5 times as long as in the portable kernels."""
+    p, head_dim = problem, problem.q.shape[-1]
+    if head_dim != p.v.shape[-1] or head_dim > 128 or not _is_aligned(dout):
+        return False
+    windowed = p.window_left >= 0 or p.window_right >= 0
+    return head_dim > 64 or not (windowed or p.softcap > 0.0 or p.alibi_slopes is not None)
 
 
 def backward_tile(problem) -> HopperConfig:
