@@ -3,9 +3,11 @@
 Not in bfloat16, whose products the interpreter computes wrongly (Triton 3.6 to 3.9).
 """
 
+import math
+
 import pytest
 import torch
-from cases import INTERPRETED, make
+from cases import BY_NAME, INTERPRETED, make
 from checking import check, problem_of
 from conftest import HAS_GPU
 
@@ -31,3 +33,72 @@ def test_kernels(kernel, module, case, dtype):
         want = module("ops").probs(lse, *longest, *problem)
         got = launch.probabilities(problem, lse, *longest, tile)
         torch.testing.assert_close(got, want, rtol=2e-3, atol=1e-5)
+
+
+def blocks_of(case, problem, block_m):
+    """-> (head, where in q and lse the rows are, their block) of every block of query rows."""
+    tiles = num_tiles(problem, block_m)
+    for head in range(case.nheads):
+        first = 0
+        for seq, length in enumerate(case.lens_q or (case.seqlen_q,) * case.batch):
+            used = length if problem.seqused_q is None else int(problem.seqused_q[seq])
+            tile = first // block_m + seq if case.varlen else seq * -(-length // block_m)
+            for start in range(0, used, block_m):
+                rows = slice(start, min(start + block_m, used))
+                at = (seq, rows) if not case.varlen else (slice(first + start, first + rows.stop),)
+                yield head, at, head * tiles + tile + start // block_m
+            first += length
+
+
+def num_tiles(problem, block_m):
+    """The blocks of one head, some of which are empty if sequences are packed."""
+    batch, seqlen = problem.batch(), problem.q.shape[-3]
+    if problem.cu_seqlens_q is None:
+        return batch * -(-seqlen // block_m)
+    return seqlen // block_m + batch + 1
+
+
+@pytest.mark.parametrize("name", ("full", "varlen-gqa", "used-causal"))
+@pytest.mark.parametrize("head_dim", (64, 128))
+def test_around_the_hopper_backward(module, name, head_dim):
+    """The rows' stats in the order in which its threads read them; dQ from that of its sums."""
+    case = BY_NAME[name]._replace(head_dim=head_dim)
+    launch, plans, hopper_calls = (
+        module(f"flash_attention_kernel.{name}") for name in ("launch", "plans", "hopper_calls")
+    )
+    q, k, v, dout, _, options = make(case, torch.float16, "cpu")
+    problem = problem_of(module, case, q, k, v, options)
+    out, lse = launch.forward(problem, launch.TileConfig(16, 16, 4, 1))
+    tile = hopper_calls.backward_tile(problem)
+    stats, sums = hopper_calls.workspace(problem, tile)
+    block_m, delta = tile.block_m, torch.empty_like(lse)
+    prepare = (out, dout, lse, None, delta, stats, sums, tile)
+    plans.run(hopper_calls.prepare_launch(problem, *prepare))
+
+    stats, sums = stats.view(-1, 2, block_m), sums.view(-1, block_m * head_dim)
+    places = [16 * i + 8 * h + 2 * t + e for i in range(block_m // 16) for t in range(4)
+              for h in (0, 1) for e in (0, 1)]  # fmt: skip
+    flat = [(16 * i + 8 * h + r, 8 * j + 2 * t + e)
+            for j in range(head_dim // 8) for i in range(block_m // 16) for r in range(8)
+            for t in range(4) for h in (0, 1) for e in (0, 1)]  # fmt: skip
+    flat = tuple(torch.tensor(flat).T)
+    want_dq = torch.zeros_like(q)
+    for head, at, block in blocks_of(case, problem, block_m):
+        rows = (*at, head)
+        row_lse = lse[(*rows[:-2], head, rows[-2])]
+        want = (out[rows].double() * dout[rows].double()).sum(-1)
+        want[row_lse == float("inf")] = 0.0
+        got = torch.empty(2, block_m)
+        got[:, places] = stats[block]
+        number = len(want)
+        torch.testing.assert_close(got[1, :number].double(), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[0, :number], row_lse / math.log(2))
+        assert (got[0, number:] == float("inf")).all() and not got[1, number:].any()
+        torch.testing.assert_close(delta[(*rows[:-2], head, rows[-2])], got[1, :number])
+        assert not sums[block].any()
+        values = torch.randn(block_m, head_dim)
+        sums[block] = values[flat]
+        want_dq[rows] = (values[:number] * problem.softmax_scale).to(q.dtype)
+    dq = torch.zeros_like(q)
+    plans.run(hopper_calls.finish_launch(problem, sums.view(-1), dq, tile))
+    torch.testing.assert_close(dq, want_dq)
