@@ -14,7 +14,7 @@ from checking import call, run
 def test_dense(kernel, device, name):
     """Results and gradients equal those of the public function, bit for bit."""
     q, k, v, dout, _, options = make(BY_NAME[name], torch.float16, device)
-    want = run(kernel, q, k, v, dout, None, options)
+    want = run(kernel, q, k, v, dout, None, {**options, "deterministic": True})
     p, causal = options.get("dropout_p", 0.0), options["causal"]
     shared = (*options.get("window_size", (-1, -1)), options.get("softcap", 0.0))
     slopes = options.get("alibi_slopes")
@@ -24,7 +24,7 @@ def test_dense(kernel, device, name):
     out, lse, probs, rng_state = forward(q, k, v, p, scale, causal, *shared, slopes, p > 0)
     assert (probs is None) == (p == 0) == (rng_state is None)
     grads = [torch.empty_like(t) for t in (q, k, v)]
-    options = (p, scale, causal, *shared, slopes, False, rng_state)
+    options = (p, scale, causal, *shared, slopes, True, rng_state)
     softmax_d = kernel._flash_attn_backward(dout, q, k, v, out, lse, *grads, *options)
     for got, expected in zip((out, lse, *grads), want):
         assert torch.equal(got, expected)
@@ -35,7 +35,7 @@ def test_dense(kernel, device, name):
 @pytest.mark.parametrize("name", ("varlen", "window-varlen", "dropout-varlen"))
 def test_varlen(kernel, device, name):
     q, k, v, dout, _, options = make(BY_NAME[name], torch.float16, device)
-    want = run(kernel, q, k, v, dout, None, options)
+    want = run(kernel, q, k, v, dout, None, {**options, "deterministic": True})
     p, causal = options.get("dropout_p", 0.0), options["causal"]
     window = options.get("window_size", (-1, -1))
     lengths = (options["cu_seqlens_q"], options["cu_seqlens_k"], 130, 130)
@@ -46,7 +46,7 @@ def test_varlen(kernel, device, name):
     )
     grads = [torch.empty_like(t) for t in (q, k, v)]
     kernel._flash_attn_varlen_backward(
-        dout, q, k, v, out, lse, *grads, *lengths, p, scale, causal, *window, 0.0, None, False,
+        dout, q, k, v, out, lse, *grads, *lengths, p, scale, causal, *window, 0.0, None, True,
         rng_state,
     )  # fmt: skip
     for got, expected in zip((out, lse, *grads), want):
