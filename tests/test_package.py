@@ -1,6 +1,7 @@
 """What ships: layering, tables, build variants, and kernels that compile for every card."""
 
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -174,6 +175,25 @@ def test_compiles_without_a_gpu(quick):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     number = 12 if quick == "sm_90" else 4
     assert f"{number} of {number} kernels fit" in done.stdout
+
+
+SASS = """
+        /*0000*/                   UMOV UR4, 0x1 ;
+        /*0010*/              @P0 BRA `(.L_x_1) ;
+        /*0020*/                   UIADD3 UR5, UR4, 0x2, URZ ;
+.L_x_1:
+        /*0030*/                   R2UR UR6, R2 ;
+        /*0040*/                   IMAD.U32 R3, RZ, RZ, UR{} ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_registers_read_unwritten(monkeypatch):
+    """tools/sass.py finds what only one of two paths has written, and nothing else."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    sass = importlib.import_module("sass")
+    assert not sass.unwritten_reads(SASS.format(4)) and not sass.unwritten_reads(SASS.format(6))
+    assert [found.address for found in sass.unwritten_reads(SASS.format(5))] == ["0040"]
 
 
 VARIANTS = ("cpu", "cu126", "cu130", "cu132")

@@ -110,26 +110,31 @@ def received_tile(notes, blocks, count):
 
 
 @gluon.jit
-def find_place(index, schedule):
-    """-> (head, rank): blocks in the outer, the heads of a group in the inner loop."""
+def find_place(index, call, lengths, BLOCK: gl.constexpr, LAST_FIRST: gl.constexpr):
+    """-> (sequence, head, block of its rows): blocks in the outer, the heads of a group in the
+    inner loop."""
+    schedule = call.schedule
     in_group = schedule.group * schedule.per_head
     group = index // in_group
     rest = index % in_group
     members = gl.minimum(schedule.group, schedule.heads - group * schedule.group)
-    return group * schedule.group + rest % members, rest // members
+    head = group * schedule.group + rest % members
+    block = rest // members
+    if LAST_FIRST:
+        block = schedule.per_head - 1 - block
+    seq = 0
+    if lengths.cu_seqlens is None:
+        seq = head // call.nheads
+        head = head % call.nheads
+    else:
+        seq, block = find_block(block, lengths, BLOCK)
+    return seq, head, block
 
 
 @gluon.jit
 def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Tile number `index`, last rows, which see most keys, first."""
-    head, rank = find_place(index, call.schedule)
-    block = call.schedule.per_head - 1 - rank
-    seq = 0
-    if call.q_lengths.cu_seqlens is None:
-        seq = head // call.nheads
-        head = head % call.nheads
-    else:
-        seq, block = find_block(block, call.q_lengths, BLOCK_M)
+    seq, head, block = find_place(index, call, call.q_lengths, BLOCK_M, True)
     q_first, seqlen_q = sequence_bounds(call.q_lengths, seq)
     k_first, seqlen_k = partner_bounds(call.k_lengths, seq)
     shift = diagonal_shift(seqlen_q, seqlen_k, SPEC)
@@ -151,13 +156,7 @@ def find_work(
     index, call, group_size, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
     """Work number `index`, first keys, which most queries see, first. call.nheads: KV heads."""
-    head_k, block = find_place(index, call.schedule)
-    seq = 0
-    if call.k_lengths.cu_seqlens is None:
-        seq = head_k // call.nheads
-        head_k = head_k % call.nheads
-    else:
-        seq, block = find_block(block, call.k_lengths, BLOCK_N)
+    seq, head_k, block = find_place(index, call, call.k_lengths, BLOCK_N, False)
     k_first, seqlen_k = sequence_bounds(call.k_lengths, seq)
     _, seqlen_q = partner_bounds(call.q_lengths, seq)
     shift = diagonal_shift(seqlen_q, seqlen_k, SPEC)
