@@ -69,8 +69,9 @@ def test_around_the_hopper_backward(module, name, head_dim):
     q, k, v, dout, _, options = make(case, torch.float16, "cpu")
     problem = problem_of(module, case, q, k, v, options)
     out, lse = launch.forward(problem, launch.TileConfig(16, 16, 4, 1))
-    tile = hopper_calls.backward_tile(problem)
-    stats, sums = hopper_calls.workspace(problem, tile)
+    plan = hopper_calls.backward_plan(problem)
+    tile = plan.tile
+    stats, sums = hopper_calls.workspace(problem, plan)
     block_m, delta = tile.block_m, torch.empty_like(lse)
     prepare = (out, dout, lse, None, delta, stats, sums, tile)
     plans.run(hopper_calls.prepare_launch(problem, *prepare))

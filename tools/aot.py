@@ -54,8 +54,8 @@ OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain ca
 PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so many rows
 
 
-# Bytes in local memory that are let pass: at D 128 what outlasts a loop; at D 64 hopper/backward.py
-# reloads 18 to 33 numbers a step.
+# Bytes in local memory that are let pass: what outlasts a loop; in hopper/backward.py at D 128 also
+# what softcap and ALiBi take.
 PARKED = {"hopper": 32, "hopper_backward": 256}
 
 
@@ -203,8 +203,8 @@ def hopper_launch_for(row: Row, problem, tile):
     out = problem.empty_out()
     if row.kernel == "hopper":
         return hopper_calls.forward_launch(problem, out, problem.empty_lse(), counters, tile)
-    tile = tile or hopper_calls.backward_tile(problem)
-    work = hopper_calls.workspace(problem, tile)
+    plan = hopper_calls.backward_plan(problem, tile)
+    work, tile = hopper_calls.workspace(problem, plan), plan.tile
     grads = problem.empty_grads()[1][1:]
     return hopper_calls.backward_launch(problem, out, *work, *grads, counters, tile)
 

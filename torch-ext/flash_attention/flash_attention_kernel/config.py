@@ -45,7 +45,9 @@ class Table:
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
     spilling: frozenset  # keys for which no tile was found that does not spill
-    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full', 'causal' or 'backward'
+    hopper: Dict[
+        str, HopperConfig
+    ]  # '64/causal': head_dim, 'full', 'causal', 'backward', 'backward-mods'
 
 
 @functools.lru_cache(maxsize=None)
@@ -175,6 +177,7 @@ def choose_hopper(head_dim: int, head_dim_v: int, masked: bool) -> HopperConfig:
     return table_for("sm_90").hopper[f"{hopper_dim(max(head_dim, head_dim_v))}/{kind}"]
 
 
-def choose_hopper_backward(head_dim: int) -> HopperConfig:
-    """hopper/backward.py's config."""
-    return table_for("sm_90").hopper[f"{hopper_dim(head_dim)}/backward"]
+def choose_hopper_backward(head_dim: int, mods: bool) -> HopperConfig:
+    """hopper/backward.py's config. mods: with what takes registers: window, softcap or ALiBi."""
+    kind = "backward-mods" if mods else "backward"
+    return table_for("sm_90").hopper[f"{hopper_dim(head_dim)}/{kind}"]

@@ -1,7 +1,7 @@
 """From a problem to a call of the Hopper forward: whether it can serve, descriptors, schedule."""
 
 import functools
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 from triton.experimental.gluon import language as gl
@@ -78,30 +78,56 @@ def forward_tile(problem) -> HopperConfig:
     return choose_hopper(p.q.shape[-1], p.v.shape[-1], masked)
 
 
-def schedule_of(problem, block, over_keys=False) -> tuple:
-    """-> per_head, heads, total, group of Schedule, for blocks of queries, or, over_keys, of keys
-    of the KV heads."""
-    p = problem
-    packed = p.cu_seqlens_q is not None
-    rows_q, rows_k, batch = counts_of(p)
-    nheads, nheads_k = p.q.shape[-2], p.k.shape[-2]
-    if over_keys:
-        lengths, heads, bytes_of_head = (p.cu_seqlens_k, rows_k), nheads_k, rows_q * nheads
-    else:
-        lengths, heads, bytes_of_head = (p.cu_seqlens_q, rows_q), nheads, rows_k * nheads_k
-    bytes_of_head = 2 * bytes_of_head * p.k.shape[-1] * p.k.element_size() // heads
-    lengths = Lengths(lengths[0], None, None, lengths[1], batch if packed else 1)
-    per_head = num_tiles(lengths, block)
-    heads = heads if packed else heads * batch
-    groups = -(-heads // max(L2_BYTES // max(bytes_of_head, 1), 1))
+def _blocks(problem, cu_seqlens, rows, block, heads) -> tuple:
+    """-> per_head, heads of Schedule, where a sequence has so many heads."""
+    _, _, batch = counts_of(problem)
+    packed = cu_seqlens is not None
+    lengths = Lengths(cu_seqlens, None, None, rows, batch if packed else 1)
+    return num_tiles(lengths, block), heads if packed else heads * batch
+
+
+def _schedule(per_head, heads, group) -> tuple:
+    """-> per_head, heads, total, group of Schedule, the groups alike, of at most so many heads."""
+    groups = -(-heads // max(group, 1))
     return per_head, heads, per_head * heads, -(-heads // max(groups, 1))
+
+
+def forward_schedule(problem, block) -> tuple:
+    """The tiles of heads whose K and V are in the L2 together, longest first."""
+    p = problem
+    rows_q, rows_k, _ = counts_of(p)
+    nheads, nheads_k = p.q.shape[-2], p.k.shape[-2]
+    bytes_of_head = 2 * rows_k * nheads_k * p.k.shape[-1] * p.k.element_size() // nheads
+    per_head, heads = _blocks(p, p.cu_seqlens_q, rows_q, block, nheads)
+    return _schedule(per_head, heads, L2_BYTES // max(bytes_of_head, 1))
+
+
+def backward_schedule(problem, block, parts) -> tuple:
+    """The blocks of keys of so many heads that the device is full, longest first. Fewer heads read
+    the same Q, dO and dQ at a time; with fewer than eight, too long ones would be last."""
+    p = problem
+    per_head, heads = _blocks(p, p.cu_seqlens_k, p.rows_k(), block, p.k.shape[-2] * parts)
+    return _schedule(per_head, heads, max(-(-multiprocessors(p.q.device) // max(per_head, 1)), 8))
+
+
+def parts_of_group(problem, tile: HopperConfig) -> int:
+    """Into how many parts the query heads of a KV head are divided, each with a dK and dV of its
+    own: 1, or, where else the device would have less than four blocks of keys for each of its
+    programs, up to 8."""
+    p, parts = problem, 1
+    per_head, heads = _blocks(p, p.cu_seqlens_k, p.rows_k(), tile.block_n, p.k.shape[-2])
+    group = p.q.shape[-2] // p.k.shape[-2]
+    wanted = 4 * multiprocessors(p.q.device)
+    while parts < 8 and group % (2 * parts) == 0 and per_head * heads * parts < wanted:
+        parts *= 2
+    return parts
 
 
 def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = None) -> Launch:
     """The call that fills `out` and `lse`. counters: [2] int32 zeros, which it leaves so."""
     p, tile = problem, tile or forward_tile(problem)
     block_d, block_dv = hopper_dim(p.q.shape[-1]), hopper_dim(p.v.shape[-1])
-    schedule = schedule_of(p, tile.block_m)
+    schedule = forward_schedule(p, tile.block_m)
     counts = (*counts_of(p), p.q.shape[-2], p.q.shape[-2] // p.k.shape[-2], *schedule)
     options = {
         "SPEC": spec_of(p, True),
@@ -115,9 +141,12 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
         "num_warps": 4,
         "enable_fp_fusion": True,
     }
+    out_tiles = None
+    if not options["SCRUB"] and tile.q_tiles > 1 and block_dv == block_d and _is_aligned(out):
+        out_tiles = _descriptor(out, ROWS.value, block_dv)
     operands = (
         _descriptor(p.q, ROWS.value, block_d), _descriptor(p.k, tile.block_n, block_d),
-        _descriptor(p.v, tile.block_n, block_dv), operand(out),
+        _descriptor(p.v, tile.block_n, block_dv), operand(out), out_tiles,
     )  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])
     return Launch(
@@ -127,19 +156,9 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
 
 
 def serves_backward(problem, dout) -> bool:
-    """Of the calls that `serves` accepts, those of one head_dim to 128; to 64, only plain ones:
-    window, softcap and ALiBi spill up to 700 bytes there, and with 300 to 540 plain attention took
-    1.2 to 1.5 times as long as in the portable kernels."""
-    p, head_dim = problem, problem.q.shape[-1]
-    if head_dim != p.v.shape[-1] or head_dim > 128 or not _is_aligned(dout):
-        return False
-    windowed = p.window_left >= 0 or p.window_right >= 0
-    return head_dim > 64 or not (windowed or p.softcap > 0.0 or p.alibi_slopes is not None)
-
-
-def backward_tile(problem) -> HopperConfig:
-    """The table's config."""
-    return choose_hopper_backward(problem.q.shape[-1])
+    """Of the calls that `serves` accepts, those of one head_dim to 128."""
+    head_dim = problem.q.shape[-1]
+    return head_dim == problem.v.shape[-1] and head_dim <= 128 and _is_aligned(dout)
 
 
 def tiles_of_rows(problem, block_m) -> int:
@@ -148,13 +167,37 @@ def tiles_of_rows(problem, block_m) -> int:
     return num_tiles(Lengths(problem.cu_seqlens_q, None, None, rows_q, batch), block_m)
 
 
-def workspace(problem, tile: HopperConfig) -> tuple:
-    """-> (stats, sums), float32, uninitialised: per head and block of query rows 2 * BLOCK_M and
-    BLOCK_M * BLOCK_D numbers."""
-    p = problem
+class BackwardPlan(NamedTuple):
+    """What the calls of a backward have in common."""
+
+    tile: HopperConfig
+    parts: int  # see parts_of_group
+    stats: int  # numbers: per head and block of query rows 2 * BLOCK_M
+    sums: int  # per head and block of query rows BLOCK_M * BLOCK_D
+
+
+def backward_plan(problem, tile: Optional[HopperConfig] = None) -> BackwardPlan:
+    """By the table's config if no other is given."""
+    p, head_dim = problem, problem.q.shape[-1]
+    windowed = p.window_left >= 0 or p.window_right >= 0
+    mods = windowed or p.softcap > 0.0 or p.alibi_slopes is not None
+    tile = tile or choose_hopper_backward(head_dim, mods)
     rows = tiles_of_rows(p, tile.block_m) * p.q.shape[-2] * tile.block_m
-    new = {"dtype": torch.float32, "device": p.q.device}
-    return torch.empty(2 * rows, **new), torch.empty(rows * hopper_dim(p.q.shape[-1]), **new)
+    return BackwardPlan(tile, parts_of_group(p, tile), 2 * rows, rows * hopper_dim(head_dim))
+
+
+def workspace(problem, plan: BackwardPlan) -> tuple:
+    """-> (stats, sums), float32, uninitialised."""
+    new = {"dtype": torch.float32, "device": problem.q.device}
+    return torch.empty(plan.stats, **new), torch.empty(plan.sums, **new)
+
+
+def partial_grads(problem, parts) -> tuple:
+    """-> (dk, dv) of `parts` for each KV head: uninitialised, or 0 where no program may write."""
+    k = problem.k
+    shape = (*k.shape[:-2], parts * k.shape[-2], k.shape[-1])
+    written = problem.seqused_k is None and problem.leftpad_k is None
+    return tuple(k.new_empty(shape) if written else k.new_zeros(shape) for _ in range(2))
 
 
 def _rows_launch(problem, kernel, operands, pointers, others, tile: HopperConfig) -> Launch:
@@ -185,20 +228,26 @@ def finish_launch(problem, sums, dq, tile) -> Launch:
 
 
 def backward_launch(problem, dout, stats, sums, dk, dv, counters, tile: HopperConfig) -> Launch:
-    """The call that adds dQ, over the scale, to `sums` and fills dk and dv."""
+    """The call that adds dQ, over the scale, to `sums` and fills dk and dv, which have `parts`
+    heads for each of K's."""
     p = problem
     block_d = hopper_dim(p.q.shape[-1])
-    schedule = schedule_of(p, tile.block_n, True)
-    group = p.q.shape[-2] // p.k.shape[-2]
+    nheads, nheads_k = p.q.shape[-2], dk.shape[-2]
+    parts = nheads_k // p.k.shape[-2]
+    schedule = backward_schedule(p, tile.block_n, parts)
+    tiles_of_grads = (None, None)
+    if not _scrubs(p) and _is_aligned(dk) and _is_aligned(dv):
+        tiles_of_grads = tuple(_descriptor(t, tile.block_n, block_d) for t in (dk, dv))
     flat, rows = [2 * tile.block_m], [tile.block_m * block_d // 256, 256]
     operands = (
         _descriptor(p.q, tile.block_m, block_d), _descriptor(p.k, tile.block_n, block_d),
         _descriptor(p.v, tile.block_n, block_d), _descriptor(dout, tile.block_m, block_d),
         TensorDescriptor(sums, [sums.numel() // 256, 256], [256, 1], rows, FLAT_ROWS),
         TensorDescriptor(stats, [stats.numel()], [1], flat, _layout(stats.dtype, *flat)),
-        operand(dk), operand(dv),
+        operand(dk), operand(dv), *tiles_of_grads,
     )  # fmt: skip
-    counts = (*counts_of(p), p.k.shape[-2], group, *schedule, tiles_of_rows(p, tile.block_m))
+    tiles_q = tiles_of_rows(p, tile.block_m)
+    counts = (*counts_of(p), nheads_k, nheads // nheads_k, parts, *schedule, tiles_q)
     options = {
         "SPEC": spec_of(p), "SCRUB": _scrubs(p), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles, "num_warps": 8,

@@ -141,7 +141,7 @@ def _by_hopper(memo, problem, out, lse, others) -> bool:
     counters = _counters(device)
     try:
         call(
-            memo, "hopper", device, (*problem[:3], out), (lse, counters), lengths, others,
+            memo, "hopper", device, (*problem[:3], out, out), (lse, counters), lengths, others,
             lambda: _hopper_calls().forward_launch(problem, out, lse, counters),
         )  # fmt: skip
     except (TritonError, RuntimeError) as error:
@@ -246,10 +246,16 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
     """Whether the kernels for sm_90 have been called; not where they do not compile. rows: out,
     dout, lse and dlse; delta: None unless it is wanted."""
     hopper_calls, device = _hopper_calls(), problem.q.device
-    tile = hopper_calls.backward_tile(problem)
-    stats, sums = hopper_calls.workspace(problem, tile)
+    plan = memo.get("backward_plan")
+    if plan is None:
+        plan = memo["backward_plan"] = hopper_calls.backward_plan(problem)
+    tile, parts = plan[:2]
+    stats, sums = hopper_calls.workspace(problem, plan)
     counters, mods, lengths = _counters(device), calls.mods_of(problem), problem.lengths()
     of_q = (problem.cu_seqlens_q, problem.seqused_q)
+    to_dk, to_dv = dk, dv
+    if parts > 1:
+        to_dk, to_dv = hopper_calls.partial_grads(problem, parts)
     out, dout, lse, dlse = rows
     try:
         call(
@@ -257,10 +263,11 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
             lambda: hopper_calls.prepare_launch(problem, *rows, delta, stats, sums, tile),
         )  # fmt: skip
         call(
-            memo, "hopper_backward", device, (*problem[:3], dout, sums, stats, dk, dv), (counters,),
-            lengths, (tuple(mods),),
+            memo, "hopper_backward", device,
+            (*problem[:3], dout, sums, stats, to_dk, to_dv, to_dk, to_dv), (counters,), lengths,
+            (tuple(mods),),
             lambda: hopper_calls.backward_launch(
-                problem, dout, stats, sums, dk, dv, counters, tile
+                problem, dout, stats, sums, to_dk, to_dv, counters, tile
             ),
         )  # fmt: skip
     except (TritonError, RuntimeError) as error:
@@ -273,6 +280,9 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
         memo, "finish", device, (dq,), (sums,), of_q, (mods.scale_log2,),
         lambda: hopper_calls.finish_launch(problem, sums, dq, tile),
     )  # fmt: skip
+    if parts > 1:
+        for grad, partial in ((dk, to_dk), (dv, to_dv)):
+            torch.sum(partial.unflatten(-2, (-1, parts)), -2, out=grad)
     return True
 
 
@@ -292,25 +302,29 @@ def _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, 
 
 @_on_device
 def backward(
-    problem, dout, dlse, out, lse, pack=1, wanted=(False,) * 3, dq_tile=None, kv_tile=None
-):
+    problem, dout, dlse, out, lse, pack=1, wanted=(False,) * 3, dq_tile=None, kv_tile=None,
+    memo=None,
+):  # fmt: skip
     """-> the gradients of the op schema: of q, k and v, packed as `pack` says, then of those of
-    attn_bias, alibi_slopes and s_aux that are `wanted`."""
+    attn_bias, alibi_slopes and s_aux that are `wanted`. memo: that of the forward, or None."""
     grads, (dq, dk, dv) = problem.empty_grads(pack)
     want_bias, want_slopes, want_sink = wanted
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    delta = torch.empty_like(lse)
-    dslope = torch.empty_like(lse) if want_slopes else None
-    unwritten = [t for t in (dq, delta, dslope) if t is not None and problem.seqused_q is not None]
+    if problem.seqused_q is not None:
+        dq.zero_()
     if problem.seqused_k is not None or problem.leftpad_k is not None:
-        unwritten += [dk, dv]
-    for tensor in unwritten:
-        tensor.zero_()
+        dk.zero_()
+        dv.zero_()
+    new = torch.empty_like if problem.seqused_q is None else torch.zeros_like
+    delta = new(lse) if want_sink else None
     problem = _readable(problem)
     dout = _by_rows(dout)
     rows = (out, dout, lse, dlse)
-    memo = memo_of((dq_tile, kv_tile, *wanted, *signature(problem, *rows, dq, dk, dv)))
+    if memo is None:
+        memo = memo_of((dq_tile, kv_tile, *wanted, *signature(problem, *rows, dq, dk, dv)))
+    else:
+        memo = memo.setdefault((wanted, layout(dout), dlse is None), {})
     repeatable = problem.deterministic or torch.are_deterministic_algorithms_enabled()
     if (
         repeatable  # and not by kernels that sum dQ in any order
@@ -318,8 +332,10 @@ def backward(
         or want_bias
         or want_slopes
         or not _takes_hopper_backward(memo, problem, dout)
-        or not _backward_by_hopper(memo, problem, rows, delta if want_sink else None, dq, dk, dv)
+        or not _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv)
     ):
+        delta = new(lse) if delta is None else delta
+        dslope = new(lse) if want_slopes else None
         _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, kv_tile)
     if want_bias:
         dbias = torch.zeros_like(problem.attn_bias, memory_format=torch.contiguous_format)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import triton
 
 from .calls import Launch
+from .tensor_maps import direct
 
 MAX_PLANS = 4096  # signatures remembered; one costs about 2 KiB
 
@@ -22,6 +23,7 @@ class Plan(NamedTuple):
     layouts: tuple  # of each operand: its strides, or the fields of its tensor descriptor
     counts: tuple
     constexprs: tuple
+    direct: Any  # see tensor_maps.py
 
 
 memos = {}  # signature -> memo: what is known of the calls that have it
@@ -73,24 +75,36 @@ def call(memo, name, device, operands, pointers, lengths, others, build):
     compiled = plan.compiled
     if compiled is not None:
         stream = triton.runtime.driver.active.get_current_stream(device.index)
+        if plan.direct is not None:
+            plan.direct.launch(
+                plan.programs, 1, 1, stream, compiled.function, *plan.direct.base,
+                compiled.packed_metadata, None, None, None,
+                *plan.direct.expanded(operands, plan.layouts),
+                *pointers, *lengths, *plan.counts, *others, *plan.constexprs,
+            )  # fmt: skip
+            return
         # The last lines of JITFunction.run, alike in Triton 3.6 to 3.9; what precedes them there
         # costs 19 us a call on an H200's host.
         compiled.run(
             plan.programs, 1, 1, stream, compiled.function, compiled.packed_metadata,
-            None, None, None, *[
-                (t, *layout) if layout.__class__ is tuple else SimpleNamespace(base=t, **layout)
-                for t, layout in zip(operands, plan.layouts)
-            ],
+            None, None, None, *map(expanded, operands, plan.layouts),
             *pointers, *lengths, *plan.counts, *others, *plan.constexprs,
         )  # fmt: skip
 
 
 def layout_of(operand):
     """An operand without its tensor: strides, or of a descriptor all fields, which is what Triton
-    reads of one."""
-    if isinstance(operand, tuple):
-        return operand[1:]
+    reads of one, or None."""
+    if operand is None or isinstance(operand, tuple):
+        return operand and operand[1:]
     return {name: value for name, value in vars(operand).items() if name != "base"}
+
+
+def expanded(tensor, layout):
+    """An operand from its tensor and its layout."""
+    if layout.__class__ is tuple:
+        return (tensor, *layout)
+    return layout and SimpleNamespace(base=tensor, **layout)
 
 
 def first_call(memo, name, launch: Launch):
@@ -106,6 +120,7 @@ def first_call(memo, name, launch: Launch):
         tuple(map(layout_of, launch.operands)),
         launch.counts,
         tuple(value for name, value in launch.options.items() if name.isupper()),
+        direct(compiled) if compiled is not None else None,
     )
 
 

@@ -26,8 +26,8 @@ from ..common import LN2, at_head
 from ..masks import diagonal_shift, keep_mask
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
-from .compat import async_add, reinterpreted
-from .pipeline import make_channel, make_notes, scrub
+from .compat import async_add, async_store, reinterpreted
+from .pipeline import make_channel, make_notes, opaque_zero, scrub
 from .schedule import (
     WORK_FIELDS,
     Call,
@@ -36,6 +36,7 @@ from .schedule import (
     find_work,
     leave,
     next_block,
+    received_keys,
     received_work,
     send_no_work,
     value_of_note,
@@ -54,10 +55,19 @@ class Rings(NamedTuple):
     notes: Any
 
 
+class Grads(NamedTuple):
+    """Where dK and dV go: Operands, and their descriptors or None."""
+
+    dk: Any
+    dv: Any
+    dk_tiles: Any
+    dv_tiles: Any
+
+
 class Scratch(NamedTuple):
     """Shared memory of the consumer alone."""
 
-    ds: Any  # [BLOCK_N, BLOCK_M]: dSᵀ
+    ds: Any  # [1, BLOCK_N, BLOCK_M]: dSᵀ
     dq: Any  # float32, [BLOCK_M, BLOCK_D] in the order of `dq_layout`
 
 
@@ -88,7 +98,7 @@ def stats_layout(ROWS):
 
 @gluon.jit
 def load(
-    rings, call, q, k, v, dout, stats, group_size, tiles_q,
+    rings, call, q, k, v, dout, stats, group_size, parts, tiles_q,
     SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The producer: draws work; loads its K and V, then Q, dO and their rows' stats, head by head.
@@ -96,9 +106,9 @@ def load(
     count = 0
     kv_count = 0
     work_count = 0
-    index = draw(call.schedule, work_count)
+    index = gl.program_id(0)
     while index < call.schedule.total:
-        work = find_work(index, call, group_size, SPEC, BLOCK_M, BLOCK_N)
+        work = find_work(index, call, count, kv_count, group_size, SPEC, BLOCK_M, BLOCK_N)
         rings.notes.send(work, work_count)
         work_count += 1
         q_entry = 0
@@ -110,12 +120,13 @@ def load(
         q_first, _ = partner_bounds(call.q_lengths, work.seq)
         head = work.head_k * group_size
         start_m = work.begin
+        k_place = [k_entry, work.k_first + work.start_n, work.head_k // parts, 0]
         for i in range(work.steps):
             if i == 0:
-                rings.k.fill(k, [k_entry, work.k_first + work.start_n, work.head_k, 0], kv_count)
+                rings.k.fill(k, k_place, kv_count)
             rings.q.fill(q, [q_entry, q_first + start_m, head, 0], count)
             if i == 0:
-                rings.v.fill(v, [k_entry, work.k_first + work.start_n, work.head_k, 0], kv_count)
+                rings.v.fill(v, k_place, kv_count)
             tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
             rings.dout.fill_both(
                 dout, [q_entry, q_first + start_m, head, 0],
@@ -124,7 +135,7 @@ def load(
             count += 1
             start_m, head = next_block(start_m, head, work, group_size, BLOCK_M)
         kv_count += gl.minimum(work.steps, 1)
-        index = draw(call.schedule, work_count)
+        index = draw(call.schedule)
     send_no_work(rings.notes, work_count)
     leave(call.schedule)
 
@@ -165,7 +176,10 @@ def grads_of_scores(
     slot = count % rings.dout.STAGES
     lse_log2 = rings.stats_rows.index(2 * slot).load(COL)
     p = probability(qk, lse_log2[None, :], cols, rows, mods, head_mods, SPEC)
-    if (start_m < work.full_begin) | (start_m >= work.full_end):
+    masked = start_m < work.full_begin
+    if SPEC.left:
+        masked = masked | (start_m >= work.full_end)
+    if masked:
         p = gl.where(keep_mask(cols, rows, shift, work.seqlen_k, mods, SPEC, True), p, 0.0)
     rings.dout.wait(count)  # a branch: ptxas moves the next wait above P otherwise
     dp, dk_acc = warpgroup_mma_wait(0, deps=[dp, dk_acc])
@@ -175,7 +189,7 @@ def grads_of_scores(
     weights = gl.convert_layout(p.to(dout_tile.dtype), FACTOR)
     dv_acc = warpgroup_mma(weights, dout_tile, dv_acc, is_async=True)
     ds = product_grad(score_grad(p, dp, delta[None, :]), qk, mods, SPEC)
-    scratch.ds.store(ds.to(dout_tile.dtype))
+    scratch.ds.index(0).store(ds.to(dout_tile.dtype))
     fence_async_shared()
     rings.dout.wait(count)  # a branch again: without it ptxas (12.8, 12.9) crashes
     dv_acc = warpgroup_mma_wait(0, deps=[dv_acc])
@@ -196,7 +210,7 @@ def add_dq(part, tile, scratch, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constex
 
 @gluon.jit
 def attend(
-    work, work_count, count, kv_count, rings, scratch, call, dk, dv, sums, group_size, tiles_q,
+    work, work_count, rings, scratch, call, grads, sums, group_size, tiles_q,
     SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
@@ -205,6 +219,8 @@ def attend(
     S_LAYOUT: gl.constexpr = layout_of(BLOCK_N, BLOCK_M)
     ACC_LAYOUT: gl.constexpr = layout_of(BLOCK_N, BLOCK_D)
     mods = call.mods
+    count = work.count
+    kv_count = work.kv_count
     exists = work.seq < call.q_lengths.batch
     shift = diagonal_shift(work.seqlen_q, work.seqlen_k, SPEC)
     dk_acc = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ACC_LAYOUT)
@@ -222,13 +238,16 @@ def attend(
         exists, True, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     for last in range(count, count + work.steps - 1):
-        part = product(scratch.ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
+        k_tile = rings.k.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
+        v_tile = rings.v.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
+        ds = scratch.ds.index(opaque_zero())  # with plain 0s, 130 to 210 bytes are spilled
+        part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
         tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
         start_m, head = next_block(start_m, head, work, group_size, BLOCK_M)
         q_tile = clean(rings.q, last + 1, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
         qk = product(k_tile, q_tile.permute((1, 0)), BLOCK_N, BLOCK_M)
         q_last = rings.q.tile(last, BLOCK_M, BLOCK_D)
-        dk_acc = warpgroup_mma(scratch.ds, q_last, dk_acc, is_async=True)
+        dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
         part = warpgroup_mma_wait(2, deps=[part])
         add_dq(part, tile, scratch, sums, BLOCK_M, BLOCK_D)
         qk = warpgroup_mma_wait(1, deps=[qk])
@@ -237,28 +256,30 @@ def attend(
             shift, exists, False, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     last = count + work.steps - 1
-    part = product(scratch.ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
+    ds = scratch.ds.index(0)
+    part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
     q_last = rings.q.tile(last, BLOCK_M, BLOCK_D)
-    dk_acc = warpgroup_mma(scratch.ds, q_last, dk_acc, is_async=True)
+    dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
     part = warpgroup_mma_wait(1, deps=[part])
     rings.k.release(kv_count)
-    # Read again: what it says of the keys would take registers all the while.
-    work = received_work(rings.notes, work.steps, work_count, call, SPEC)
     tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
     add_dq(part, tile, scratch, sums, BLOCK_M, BLOCK_D)
+    # Read again: what it says of the keys would take registers all the while.
+    keys = received_keys(rings.notes, work_count, call, SPEC)
     v_tile.store(dv_acc.to(v_tile.dtype))
-    store(dv, v_tile.load(row_layout(BLOCK_D)), work, SPEC)
-    fence_async_shared()
-    rings.v.release(kv_count)
+    store_tile(grads.dv, grads.dv_tiles, rings.v.tiles.index(0), keys, SPEC, BLOCK_N, BLOCK_D)
     dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
     rings.q.release(last)
-    tma.store_wait(0)
-    KV_LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], k_tile.dtype)
+    STORES: gl.constexpr = 0 if grads.dv_tiles is None else 1  # of the copy engine, of each
+    tma.store_wait(STORES)  # it has read dQ
     TIMES: gl.constexpr = 2 * BLOCK_M // BLOCK_N  # that dQ's block holds dK's
-    dk_tiles = reinterpreted(scratch.dq, k_tile.dtype, [TIMES, BLOCK_N, BLOCK_D], KV_LAYOUT)
-    dk_tile = dk_tiles.index(0)
+    SHAPE: gl.constexpr = [TIMES, 1, BLOCK_N, 1, BLOCK_D]
+    dk_tiles = reinterpreted(scratch.dq, k_tile.dtype, SHAPE, rings.k.tiles.layout)
+    dk_tile = dk_tiles.index(0).reshape([BLOCK_N, BLOCK_D])
     dk_tile.store((dk_acc * (mods.scale_log2 * LN2)).to(k_tile.dtype))
-    store(dk, dk_tile.load(row_layout(BLOCK_D)), work, SPEC)
+    store_tile(grads.dk, grads.dk_tiles, dk_tiles.index(0), keys, SPEC, BLOCK_N, BLOCK_D)
+    tma.store_wait(STORES)  # it has read dV
+    rings.v.release(kv_count)
 
 
 @gluon.constexpr_function
@@ -268,41 +289,52 @@ def row_layout(COLS):
 
 
 @gluon.jit
-def store(out, values, work, SPEC: gl.constexpr):
-    """Write a gradient's rows of this work."""
+def store_tile(
+    out, tiles, tile, keys, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
+):
+    """Write a gradient's rows of these keys from shared memory: by the copy engine, or by `store`
+    where `tiles` is None."""
+    if tiles is None:
+        store(out, tile.reshape([BLOCK_N, BLOCK_D]).load(row_layout(BLOCK_D)), keys, SPEC)
+    fence_async_shared()
+    if tiles is not None:
+        async_store(tiles, [keys[0], keys[2], keys[1], 0], tile)
+
+
+@gluon.jit
+def store(out, values, keys, SPEC: gl.constexpr):
+    """Write a gradient's rows of these keys."""
+    seq, head_k, start_n, k_first, seqlen_k = keys
     LAYOUT: gl.constexpr = row_layout(values.shape[1])
-    out = at_head(out, work.seq, work.head_k, work.k_first)
-    rows = work.start_n + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    out = at_head(out, seq, head_k, k_first)
+    rows = start_n + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     ptrs = out.ptr + rows.to(gl.int64)[:, None] * out.seq + cols[None, :] * out.dim
-    mask = (rows < work.seqlen_k)[:, None] & (cols < SPEC.head_dim)[None, :]
+    mask = (rows < seqlen_k)[:, None] & (cols < SPEC.head_dim)[None, :]
     gl.store(ptrs, values.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
 def multiply(
-    rings, scratch, call, dk, dv, sums, group_size, tiles_q, SPEC: gl.constexpr,
+    rings, scratch, call, grads, sums, group_size, tiles_q, SPEC: gl.constexpr,
     SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """The consumer."""
-    count = 0
-    kv_count = 0
     work_count = 0
     steps = value_of_note(rings.notes, work_count)
     while steps >= 0:
         work = received_work(rings.notes, steps, work_count, call, SPEC)
         if steps > 0:
             attend(
-                work, work_count, count, kv_count, rings, scratch, call, dk, dv, sums, group_size,
-                tiles_q, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
+                work, work_count, rings, scratch, call, grads, sums, group_size, tiles_q,
+                SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            count += steps
-            kv_count += 1
         elif work.start_n >= 0:
             ZEROS_LAYOUT: gl.constexpr = row_layout(BLOCK_D)
             zeros = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ZEROS_LAYOUT)
-            store(dk, zeros, work, SPEC)
-            store(dv, zeros, work, SPEC)
+            keys = (work.seq, work.head_k, work.start_n, work.k_first, work.seqlen_k)
+            store(grads.dk, zeros, keys, SPEC)
+            store(grads.dv, zeros, keys, SPEC)
         rings.notes.release(work_count)
         work_count += 1
         steps = value_of_note(rings.notes, work_count)
@@ -315,14 +347,17 @@ def multiply(
     )
 )  # fmt: skip
 def hopper_backward_kernel(
-    q, k, v, dout, sums, stats, dk, dv, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-    leftpad_k, rows_q, rows_k, batch, nheads_k, group_size, per_head, heads, total, head_group,
-    tiles_q, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
+    q, k, v, dout, sums, stats, dk, dv, dk_tiles, dv_tiles, counters, cu_seqlens_q, cu_seqlens_k,
+    seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads_k, group_size, parts, per_head,
+    heads, total, head_group, tiles_q, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v and dout are descriptors of [batch, seqlen, heads,
     head_dim] (packed: batch 1), stats and sums (float32, dQ over the softmax scale) of what
-    prepare_kernel wrote, dk and dv Operands, counters Schedule's."""
+    prepare_kernel wrote, dk and dv Operands, dk_tiles and dv_tiles their descriptors where a tile
+    has nothing but its sequence's rows, or None; counters Schedule's. nheads_k: of dk and dv,
+    `parts` for each of K's, with group_size of Q's each."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
@@ -337,21 +372,25 @@ def hopper_backward_kernel(
     )  # fmt: skip
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], q.dtype)
     scratch = Scratch(
-        gl.allocate_shared_memory(q.dtype, [BLOCK_N, BLOCK_M], DS),
+        gl.allocate_shared_memory(q.dtype, [1, BLOCK_N, BLOCK_M], DS),
         gl.allocate_shared_memory(gl.float32, sums.block_shape, sums.layout),
     )
+    grads = Grads(dk, dv, dk_tiles, dv_tiles)
     gl.warp_specialize(
         [
             (
                 multiply,
                 (
-                    rings, scratch, call, dk, dv, sums, group_size, tiles_q,
+                    rings, scratch, call, grads, sums, group_size, tiles_q,
                     SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
                 ),
             ),
             (
                 load,
-                (rings, call, q, k, v, dout, stats, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N),
+                (
+                    rings, call, q, k, v, dout, stats, group_size, parts, tiles_q,
+                    SPEC, BLOCK_M, BLOCK_N,
+                ),
             ),
         ],
         [4],

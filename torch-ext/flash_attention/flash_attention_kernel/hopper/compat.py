@@ -7,8 +7,9 @@ from triton.language import core
 
 aggregate = getattr(gluon, "aggregate", None) or core._aggregate
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-__all__ = ["aggregate", "async_add", "async_load", "reinterpreted"]
+__all__ = ["aggregate", "async_add", "async_load", "async_store", "reinterpreted"]
 
 
 @core.builtin

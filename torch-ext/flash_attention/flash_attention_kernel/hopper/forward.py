@@ -11,13 +11,19 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from ..common import LN2, at_head, row_at_head, row_operand
 from ..masks import diagonal_shift, keep_mask
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
+from .compat import async_store
 from .pipeline import make_channel, make_notes, scrub
 from .schedule import (
     TILE_FIELDS,
@@ -58,7 +64,7 @@ def load(
     q_count = 0
     kv_count = 0
     tile_count = 0
-    index = draw(call.schedule, tile_count)
+    index = gl.program_id(0)
     while index < call.schedule.total:
         tile = find_tile(index, call, SPEC, BLOCK_M, BLOCK_N)
         rings.notes.send(tile, tile_count)
@@ -70,8 +76,10 @@ def load(
             q_entry = tile.seq
         if call.k_lengths.cu_seqlens is None:
             k_entry = tile.seq
+        row = tile.k_first + tile.last_n
         for i in range(tile.blocks):
-            row = tile.k_first + tile.last_n - i * BLOCK_N
+            if i == tile.blocks - 1:  # now, as the answer takes 1 us
+                index = draw(call.schedule)
             rings.k.fill(k, [k_entry, row, head_k, 0], kv_count)
             if i == 0:
                 for part in gl.static_range(BLOCK_M // ROWS):
@@ -79,19 +87,24 @@ def load(
                     rings.q.fill(q, [q_entry, q_row, tile.head, 0], q_count)
                     q_count += 1
             rings.v.fill(v, [k_entry, row, head_k, 0], kv_count)
+            row -= BLOCK_N
             kv_count += 1
-        index = draw(call.schedule, tile_count)
+        if tile.blocks <= 0:
+            index = draw(call.schedule)
     send_end(rings.notes, tile_count)
     leave(call.schedule)
 
 
 @gluon.jit
-def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, MASKED: gl.constexpr):
-    """The scores of block i from its products; -inf, if MASKED, where the mask hides the key."""
+def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr):
+    """The scores of block i from its products; -inf where the mask hides the key."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
     k_pos = tile.last_n - i * qk.shape[1] + gl.arange(0, qk.shape[1], layout=LAYOUT)
     scores = score(qk, q_pos[:, None], k_pos[None, :], mods, head_mods, SPEC)
-    if MASKED:
+    masked = i < tile.masked_end
+    if SPEC.left:
+        masked = masked | (i >= tile.blocks - tile.masked_begin)
+    if masked:
         keep = keep_mask(
             q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC, True
         )
@@ -145,18 +158,26 @@ def clean(v_tiles, count, tile, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr):
 
 
 @gluon.jit
+def weights_of(
+    acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, DTYPE: gl.constexpr
+):
+    """Block i's softmax -> (acc rescaled, l_i, m_i, weights as the left factor of PV)"""
+    scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC)
+    weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
+    acc = rescaled(acc, alpha)
+    return acc, l_i, m_i, factor(weights, acc, DTYPE)
+
+
+@gluon.jit
 def step(
     acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-    SPEC: gl.constexpr, MASKED: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
+    SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Block i's softmax; then QKᵀ of the next and its PV."""
-    scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC, MASKED)
-    scale = exponent_scale(mods, SPEC)
-    weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, scale, MASKED)
-    acc = rescaled(acc, alpha)
-    p = factor(weights, acc, q_tile.dtype)
-    k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, BLOCK_D)
+    acc, l_i, m_i, p = weights_of(
+        acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC, q_tile.dtype
+    )
+    k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, q_tile.shape[1])
     S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -171,97 +192,115 @@ def step(
 
 @gluon.jit
 def last_step(
-    acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, mods, head_mods,
-    SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr,
+    acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, out, mods, head_mods,
+    WHICH: gl.constexpr, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
-    """The last block's softmax; then QKᵀ of the next tile's first block and this one's PV.
-    -> (acc, l_i, m_i, qk, the next tile's blocks)"""
+    """The last block's softmax and PV, and the next tile's first QKᵀ, under which this one's rows
+    are written. -> (qk, the next tile's blocks)"""
     last = tile.blocks - 1
-    scores = scores_of(qk, last, q_pos, tile, mods, head_mods, SPEC, True)
-    weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
-    acc = rescaled(acc, alpha)
-    p = factor(weights, acc, rings.q.tiles.dtype)
+    acc, l_i, m_i, p = weights_of(
+        acc, l_i, m_i, qk, last, q_pos, tile, mods, head_mods, SPEC, rings.q.tiles.dtype
+    )
+    v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_DV)
+    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     blocks = value_of_note(rings.notes, tile_count)
     next_k = kv_count + tile.blocks
     qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, BLOCK_N, BLOCK_D)
-    v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_DV)
-    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
-    qk = warpgroup_mma_wait(1, deps=[qk])
+    acc = warpgroup_mma_wait(1, deps=[acc])
+    rings.v.release(kv_count + last)
+    scale = exponent_scale(mods, SPEC)
+    if out.tiles is None:
+        store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH, SPEC)
+    else:
+        store_tile(out, rings.q, acc, l_i, m_i, q_count, q_pos, tile, scale, WHICH)
+    qk = warpgroup_mma_wait(0, deps=[qk])
     if blocks > 0:
         rings.k.release(next_k)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    rings.v.release(kv_count + last)
-    return acc, l_i, m_i, qk, blocks
+    if out.tiles is not None:
+        tma.store_wait(0)
+        rings.q.release(q_count)
+    return qk, blocks
 
 
 @gluon.jit
 def attend(
-    qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
-    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, out, mods, head_mods,
+    WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
-    """All the tile's keys, from the products of the first block on.
-    -> (acc [ROWS, BLOCK_DV], l_i, m_i, first products of the next tile, its blocks)"""
+    """All the tile's keys, from the products of the first block on, and its rows of out and lse.
+    -> (first products of the next tile, its blocks)"""
     O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
     acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    last = tile.blocks - 1
     q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
     if SCRUB:
         clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_DV)
-    if last > 0:
-        # The first loop takes a step at least, and the test above says so to the compiler: where it
-        # could be skipped, ptxas 12.8 (Triton 3.6) computed Q's descriptor before it alone, and
-        # read it in the second all the same.
-        full_from = gl.minimum(gl.maximum(tile.masked_end, 1), last)
-        full_to = last
-        if SPEC.left:
-            full_to = gl.maximum(gl.minimum(tile.blocks - tile.masked_begin, last), full_from)
-        for i in range(0, full_from):
-            acc, l_i, m_i, qk = step(
-                acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                SPEC, True, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        for i in range(full_from, full_to):
-            acc, l_i, m_i, qk = step(
-                acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                SPEC, False, BLOCK_N, BLOCK_D, BLOCK_DV,
-            )  # fmt: skip
-        if SPEC.left:
-            for i in range(full_to, last):
-                acc, l_i, m_i, qk = step(
-                    acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-                    SPEC, True, BLOCK_N, BLOCK_D, BLOCK_DV,
-                )  # fmt: skip
-    rings.q.release(q_count)
+    for i in range(tile.blocks - 1):
+        acc, l_i, m_i, qk = step(
+            acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+            SPEC, BLOCK_N, BLOCK_DV,
+        )  # fmt: skip
+    if out.tiles is None:
+        rings.q.release(q_count)
     return last_step(
-        acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, mods, head_mods,
-        SPEC, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, out, mods, head_mods,
+        WHICH, SPEC, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
 
 
+class Out(NamedTuple):
+    """Where results go."""
+
+    out: Any  # Operand
+    tiles: Any  # its descriptor, or None: stored by rows
+    lse: Any
+    q_lengths: Any
+    nheads: Any
+
+
 @gluon.jit
-def store(out, lse, acc, l_i, m_i, q_pos, tile, scale, FIRST: gl.constexpr, DIM: gl.constexpr):
-    """Normalise and write the tile's rows of out and lse from FIRST on; 0 and +inf where there was
-    no key."""
+def normalised(out, acc, l_i, m_i, q_pos, tile, scale):
+    """Write the tile's rows of lse, +inf where there was no key. -> acc over its rows' sums, 0
+    where there was none."""
     empty = l_i == 0.0
     inverse = 1.0 / gl.where(empty, 1.0, l_i)
     natural = (m_i * scale + gl.log2(l_i)) * LN2
+    rows = row_operand(out.lse, out.nheads, out.q_lengths)
+    lse = row_at_head(rows, tile.seq, tile.head, tile.q_first)
     gl.store(lse.ptr + q_pos, gl.where(empty, float("inf"), natural), mask=q_pos < tile.seqlen_q)
-    acc = acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH: gl.constexpr, SPEC: gl.constexpr):
+    """Write the tile's rows of out and lse that are this consumer's."""
+    acc = normalised(out, acc, l_i, m_i, q_pos, tile, scale)
+    to = at_head(out.out, tile.seq, tile.head, tile.q_first)
     COLS: gl.constexpr = acc.shape[1]
     # Whole rows, 16 bytes a thread: stored as the products lie, 4 bytes, a tile took 2 us longer.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
-    result = gl.convert_layout(acc.to(out.ptr.dtype.element_ty), LAYOUT)
-    rows = tile.start_m + FIRST + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    result = gl.convert_layout(acc.to(to.ptr.dtype.element_ty), LAYOUT)
+    rows = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = out.ptr + rows.to(gl.int64)[:, None] * out.seq + cols[None, :] * out.dim
-    gl.store(ptrs, result, mask=(rows < tile.seqlen_q)[:, None] & (cols < DIM)[None, :])
+    ptrs = to.ptr + rows.to(gl.int64)[:, None] * to.seq + cols[None, :] * to.dim
+    keep = (rows < tile.seqlen_q)[:, None] & (cols < SPEC.head_dim_v)[None, :]
+    gl.store(ptrs, result, mask=keep)
+
+
+@gluon.jit
+def store_tile(out, q_tiles, acc, l_i, m_i, q_count, q_pos, tile, scale, WHICH: gl.constexpr):
+    """`store` by the copy engine, from where the tile's queries were."""
+    acc = normalised(out, acc, l_i, m_i, q_pos, tile, scale)
+    q_tiles.tile(q_count, acc.shape[0], acc.shape[1]).store(acc.to(q_tiles.tiles.dtype))
+    fence_async_shared()
+    place = q_tiles.tiles.index(q_count % q_tiles.STAGES)
+    async_store(out.tiles, [tile.seq, tile.start_m + WHICH * ROWS, tile.head, 0], place)
 
 
 @gluon.jit
 def multiply(
-    rings, call, out, lse, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
+    rings, call, out, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Consumer number WHICH: rows WHICH * ROWS and on of every tile."""
@@ -285,36 +324,32 @@ def multiply(
         m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
         l_i, m_i = with_sink(l_i, m_i, mods, tile.head, exists, scale)
         if tile.blocks > 0:
-            acc, l_i, m_i, qk, blocks = attend(
-                qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, mods, head_mods,
-                SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+            qk, blocks = attend(
+                qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, out, mods,
+                head_mods, WHICH, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             q_count += BLOCK_M // ROWS
             kv_count += tile.blocks
         else:
             O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
             acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
+            if tile.start_m >= 0:
+                store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)
             qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
-        if tile.start_m >= 0:
-            rows = row_operand(lse, call.nheads, call.q_lengths)
-            store(
-                at_head(out, tile.seq, tile.head, tile.q_first),
-                row_at_head(rows, tile.seq, tile.head, tile.q_first),
-                acc, l_i, m_i, q_pos, tile, scale, WHICH * ROWS, SPEC.head_dim_v,
-            )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=("rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total"))
 def hopper_forward_kernel(
-    q, k, v, out, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-    rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group, mods,
+    q, k, v, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
+    leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group, mods,
     SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
-    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand, lse a
-    pointer, counters Schedule's."""
+    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand,
+    out_tiles its descriptor where a tile has nothing but its sequence's rows, as many as Q's, and
+    two tiles of Q fit, or None; lse a pointer, counters Schedule's."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
@@ -325,16 +360,17 @@ def hopper_forward_kernel(
     notes = make_notes(TILE_FIELDS, CONSUMERS)
     rings = Rings(q_tiles, k_tiles, v_tiles, notes)
     call = Call(q_lengths, k_lengths, mods, nheads, schedule)
+    to = Out(out, out_tiles, lse, q_lengths, nheads)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (
                     multiply,
-                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                    (rings, call, to, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
                 (
                     multiply,
-                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                    (rings, call, to, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
@@ -346,15 +382,15 @@ def hopper_forward_kernel(
             [
                 (
                     multiply,
-                    (rings, call, out, lse, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                    (rings, call, to, 0, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
                 (
                     multiply,
-                    (rings, call, out, lse, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                    (rings, call, to, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
                 (
                     multiply,
-                    (rings, call, out, lse, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
+                    (rings, call, to, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
                 (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],

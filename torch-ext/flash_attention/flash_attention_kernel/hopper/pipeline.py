@@ -85,6 +85,16 @@ def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
+def opaque_zero():
+    """0, of which the compiler knows nothing. A tile at this index of a ring of one has a wgmma
+    descriptor that is computed where it is used: else LLVM computes all of a loop's that do not
+    change, two registers each, before the loop, and ptxas spills."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def scrub(tile, rows, ROWS: gl.constexpr, COLS: gl.constexpr):
     """Zero the rows of a tile from `rows` on, which belong to another sequence: 0 * NaN is NaN."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])

@@ -57,9 +57,11 @@ class Work(NamedTuple):
     seqlen_k: Any
     first_tile: Any  # of the sequence's queries, among those of a head
     begin: Any  # the first row
-    full_begin: Any  # from here, up to full_end, no mask is needed
+    full_begin: Any  # from here, up to full_end if SPEC.left, no mask is needed
     full_end: Any
     end: Any
+    count: Any  # of the first block of queries, and of the keys, in their rings
+    kv_count: Any
 
 
 TILE_FIELDS: gl.constexpr = gl.constexpr(len(Tile._fields))
@@ -67,12 +69,9 @@ WORK_FIELDS: gl.constexpr = gl.constexpr(len(Work._fields))
 
 
 @gluon.jit
-def draw(schedule, count):
-    """A program's tile number `count`: the next that nobody has drawn."""
-    drawn = gl.program_id(0)
-    if count > 0:
-        drawn = gl.num_programs(0) + gl.atomic_add(schedule.counters, 1, sem="relaxed")
-    return drawn
+def draw(schedule):
+    """The next tile that nobody has drawn; a program's first has its own number."""
+    return gl.num_programs(0) + gl.atomic_add(schedule.counters, 1, sem="relaxed")
 
 
 @gluon.jit
@@ -153,8 +152,9 @@ def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: g
 
 @gluon.jit
 def find_work(
-    index, call, group_size, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
-):
+    index, call, count, kv_count, group_size,
+    SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
     """Work number `index`, first keys, which most queries see, first. call.nheads: KV heads."""
     seq, head_k, block = find_place(index, call, call.k_lengths, BLOCK_N, False)
     k_first, seqlen_k = sequence_bounds(call.k_lengths, seq)
@@ -166,18 +166,20 @@ def find_work(
     )
     exists = (start_n >= 0) & (start_n < seqlen_k)
     blocks = gl.where(exists, (gl.maximum(end - begin, 0) + BLOCK_M - 1) // BLOCK_M, 0)
-    if start_n + BLOCK_N > seqlen_k:  # keys that do not exist would add to dQ as others do
-        full_begin = full_end
+    partial = start_n + BLOCK_N > seqlen_k  # keys that do not exist would add to dQ as others do
+    if partial | (full_begin >= full_end):
+        full_begin = end
     return Work(
         blocks * group_size, seq, head_k, gl.where(exists, start_n, -1), k_first, seqlen_q,
         seqlen_k, first_tile(call.q_lengths, seq, BLOCK_M), begin, full_begin, full_end, end,
+        count, kv_count,
     )  # fmt: skip
 
 
 @gluon.jit
 def send_no_work(notes, count):
     """Tell the consumer that there is no more work."""
-    notes.send(Work(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), count)
+    notes.send(Work(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), count)
 
 
 @gluon.jit
@@ -199,7 +201,22 @@ def received_work(notes, steps, count, call, SPEC: gl.constexpr):
     return Work(
         steps, notes.field(count, 1), notes.field(count, 2), notes.field(count, 3), k_first,
         seqlen_q, seqlen_k, notes.field(count, 7), begin, notes.field(count, 9),
-        notes.field(count, 10), notes.field(count, 11),
+        notes.field(count, 10), notes.field(count, 11), notes.field(count, 12),
+        notes.field(count, 13),
+    )  # fmt: skip
+
+
+@gluon.jit
+def received_keys(notes, count, call, SPEC: gl.constexpr):
+    """-> seq, head_k, start_n, k_first and seqlen_k of `received_work`."""
+    lengths = call.k_lengths
+    k_first = 0
+    seqlen_k = lengths.rows
+    if lengths.cu_seqlens is not None or lengths.leftpad is not None or lengths.used is not None:
+        k_first = notes.field(count, 4)
+        seqlen_k = notes.field(count, 6)
+    return (
+        notes.field(count, 1), notes.field(count, 2), notes.field(count, 3), k_first, seqlen_k
     )  # fmt: skip
 
 
