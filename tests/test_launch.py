@@ -125,7 +125,7 @@ def test_cache(kernel, module, recorders, monkeypatch, last):
     launch, remembered, ops = (
         module(name) for name in ("flash_attention_kernel.launch", "remembered", "ops")
     )
-    monkeypatch.setattr(ops, "_unobserved", lambda *tensors: True)
+    monkeypatch.setattr(ops, "unobserved", lambda *tensors: True)
     monkeypatch.setattr(launch, "OVERFLOW", SimpleNamespace(value=None))  # nobody fills seqused
     monkeypatch.setattr(remembered, "known", {})
     signature = remembered.signature

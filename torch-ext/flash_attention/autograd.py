@@ -40,19 +40,20 @@ def unpack(pack, q, k, v):
 
 
 class Attention(torch.autograd.Function):
-    """(pack, *AttentionProblem) -> (out, lse), both differentiable, once.
+    """(memo, pack, *AttentionProblem) -> (out, lse), both differentiable, once.
 
     The first three fields are q, k, v, or packed as `unpack` says: then so are their gradients,
-    which backward writes where they belong.
+    which backward writes where they belong. memo: see ops.fwd_eager.
     """
 
     @staticmethod
-    def forward(pack, *fields):
-        return ops.fwd(*unpack(pack, *fields[:3]), *fields[3:])
+    def forward(memo, pack, *fields):
+        problem = AttentionProblem(*unpack(pack, *fields[:3]), *fields[3:])
+        return ops.fwd_eager(problem, memo)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.pack, *fields = inputs
+        ctx.memo, ctx.pack, *fields = inputs
         ctx.scalars = fields[NUM_TENSORS:]
         ctx.save_for_backward(*output, *fields[:NUM_TENSORS])
         ctx.set_materialize_grads(False)  # lse mostly has no gradient: do not fill zeros for it
@@ -62,11 +63,11 @@ class Attention(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         pack, packed = ctx.pack, tensors[:3]
         problem = AttentionProblem(*unpack(pack, *packed), *tensors[3:], *ctx.scalars)
-        wanted = ctx.needs_input_grad[1 + FIRST_MOD : 1 + FIRST_MOD + 3]
+        wanted = ctx.needs_input_grad[2 + FIRST_MOD : 2 + FIRST_MOD + 3]
         with torch.no_grad():
             if dout is None:  # only lse was used
                 dout = torch.zeros_like(out)
-            grads = ops.bwd(dout, dlse, out, lse, pack, wanted, *problem)
+            grads = ops.bwd_eager(dout, dlse, out, lse, pack, wanted, problem, ctx.memo)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             sources = [t for t in (dout, *packed, *problem.differentiable()) if t is not None]
             grads = OnceDifferentiable.apply(len(grads), *grads, *sources)
@@ -74,7 +75,12 @@ class Attention(torch.autograd.Function):
         of_packed = [None if t is None else next(grads) for t in packed]
         of_mods = [next(grads) if flag else None for flag in wanted]
         of_lengths = [None] * (FIRST_MOD - 3)
-        return (None, *of_packed, *of_lengths, *of_mods, None, *(None for _ in ctx.scalars))
+        return (None, None, *of_packed, *of_lengths, *of_mods, None, *(None for _ in ctx.scalars))
+
+
+# What Function.apply calls in the end, where no functorch transform is active; before that it
+# inspects the signature of `forward`, on every call.
+past_function_apply = super(torch.autograd.Function, Attention).apply
 
 
 def attention(problem: AttentionProblem, packed=None, memo=None):
@@ -84,13 +90,17 @@ def attention(problem: AttentionProblem, packed=None, memo=None):
     """
     if not problem.needs_grad():
         return ops.fwd_eager(problem, memo)
+    if ops.unobserved(*problem[:3]):
+        apply = past_function_apply
+    else:
+        apply, memo = Attention.apply, None
     if packed is not None:
         pack = 3 if len(packed) == 1 else 2
         tensors = (*packed, *(None,) * (3 - len(packed)))
-        return Attention.apply(pack, *tensors, *problem[3:])
+        return apply(memo, pack, *tensors, *problem[3:])
     if torch.compiler.is_compiling():
         problem = _distinct(problem)
-    return Attention.apply(1, *problem)
+    return apply(memo, 1, *problem)
 
 
 def probabilities(problem: AttentionProblem, lse, max_seqlen_q, max_seqlen_k):

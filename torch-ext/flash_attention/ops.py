@@ -83,9 +83,9 @@ def _rotary_triton_(x, *options):
     _launch().rotary(x, x, *options)
 
 
-def _unobserved(q, k, v):
+def unobserved(q, k, v):
     """Whether a call may go past the dispatcher, which takes 11 us of host time (an H200's host):
-    nothing but the device's implementation would have run. Plain tensors on a GPU, and nobody
+    nothing but the device's implementation would have run. Plain tensors on a GPU, and nobody is
     tracing, compiling, vmapping, profiling or otherwise looking on."""
     return (
         q.is_cuda
@@ -99,18 +99,26 @@ def _unobserved(q, k, v):
 
 
 def fwd_eager(problem, memo=None):
-    """`fwd`, of which no gradient is wanted, past the dispatcher if nobody minds.
+    """`fwd`, which autograd is not to see, past the dispatcher if nobody minds.
 
     memo: None, or a dict for all calls that are alike in everything but their data.
     """
-    if _unobserved(*problem[:3]):
+    if unobserved(*problem[:3]):
         return _launch().forward(problem, None, None, memo)
     return fwd(*problem)
 
 
+def bwd_eager(dout, dlse, out, lse, pack, wanted, problem, memo):
+    """`bwd`, past the dispatcher if nobody minds. memo: that of the forward."""
+    if unobserved(dout, out, problem.q):
+        launch = _launch()
+        return launch.backward(problem, dout, dlse, out, lse, pack, wanted, None, None, memo)
+    return bwd(dout, dlse, out, lse, pack, wanted, *problem)
+
+
 def append_eager(q, k, v, *more):
     """`append`, past the dispatcher if nobody minds."""
-    if _unobserved(q, k, v):
+    if unobserved(q, k, v):
         return _launch().append(q, k, v, *more)
     return append(q, k, v, *more)
 

@@ -9,10 +9,10 @@ known = {}  # signature of a call -> (the problem's scalars, the launcher's memo
 
 def signature(tensors, *scalars):
     """What two calls must share for what was checked, and launched, of one to hold for the other;
-    None where that cannot be said without a look at data, or a gradient may be wanted."""
+    None where that cannot be said without a look at data."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
-    key = list(scalars)
+    key = [torch.is_grad_enabled(), *scalars]
     for scalar in scalars:
         if type(scalar) not in PLAIN_TYPES:
             return None
@@ -22,6 +22,7 @@ def signature(tensors, *scalars):
         elif _is_plain(tensor):
             key += (
                 tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15,
+                tensor.requires_grad,
             )  # fmt: skip
         else:
             return None
@@ -30,12 +31,7 @@ def signature(tensors, *scalars):
 
 def _is_plain(tensor) -> bool:
     """Whether shape, strides and address say all that can matter of a tensor but its data."""
-    return (
-        type(tensor) is torch.Tensor
-        and tensor.is_cuda
-        and not tensor.requires_grad
-        and not tensor.is_nested
-    )
+    return type(tensor) is torch.Tensor and tensor.is_cuda and not tensor.is_nested
 
 
 def keep(key, scalars):
