@@ -9,12 +9,12 @@ as many rows in dense sequences of one length, with the same work.
 
 import argparse
 import csv
+import os
 from pathlib import Path
 
 import torch
 from peers import load_kernel
 from run import environment, time_ms
-from tabulate import tabulate
 
 HEADS = 32
 
@@ -69,25 +69,29 @@ def packed(kernel, dim, dtype, device):
     yield (f"{batch} x {seqlen:,} dense", dim, str(dtype)[6:], *found)
 
 
+def measured(kernel, device):
+    """Every row, as soon as it is measured."""
+    for dim in (128, 64):
+        yield from packed(kernel, dim, torch.bfloat16, device)
+        for seqlen in (4096, 16384, 1024):
+            yield from groups(kernel, dim, seqlen, torch.bfloat16, device)
+    yield from groups(kernel, 128, 4096, torch.float16, device)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--csv", type=Path, help="write the rows here")
+    parser.add_argument("--csv", type=Path, default=Path(os.devnull), help="write the rows here")
     args = parser.parse_args()
-    device, kernel, rows = torch.device("cuda"), load_kernel(), []
-    for dim in (128, 64):
-        for seqlen in (1024, 4096, 16384):
-            rows += groups(kernel, dim, seqlen, torch.bfloat16, device)
-        rows += packed(kernel, dim, torch.bfloat16, device)
-    rows += groups(kernel, 128, 4096, torch.float16, device)
-    head = ("batch x seqlen", "head_dim", "dtype", "forward", "backward")
+    device, kernel = torch.device("cuda"), load_kernel()
     where = environment(device)
     print(", ".join(f"{k} {v}" for k, v in where.items()))
-    print(tabulate(rows, head))
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow((*where, *head))
-            writer.writerows((*where.values(), *row) for row in rows)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow((*where, "batch x seqlen", "head_dim", "dtype", "forward", "backward"))
+        for row in measured(kernel, device):
+            print("%-26s %4d %-9s forward %6.1f backward %6.1f TFLOP/s" % row, flush=True)
+            writer.writerow((*where.values(), *row))
+            file.flush()
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def random_inputs(shape: Shape, device):
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
-def ours(q, k, v, shape: Shape):
-    return load_kernel().flash_attn_func(q, k, v, causal=shape.causal)
+def ours(q, k, v, shape: Shape, **options):
+    return load_kernel().flash_attn_func(q, k, v, causal=shape.causal, **options)
 
 
 def sdpa(q, k, v, shape: Shape, backend):
@@ -101,6 +101,8 @@ def flex(q, k, v, shape: Shape):
 def peers(shape: Shape, device_type: str, only=None):
     """Name -> function(q, k, v) for everyone who can take part at this point."""
     who = {"ours": functools.partial(ours, shape=shape)}
+    if only is not None:
+        who["ours-deterministic"] = functools.partial(ours, shape=shape, deterministic=True)
     for name, backend in SDPA_BACKENDS.items():
         scores = shape.batch_size * shape.num_heads * shape.seq_len**2
         if name == "sdpa-math" and scores > MATH_LIMIT:

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 from cases import BY_NAME, CASES, Case, make
-from checking import call, check, run
+from checking import NAMES, call, check, run
+from reference import attention_with_grads
 
 SERVED = [
     case
@@ -71,7 +72,7 @@ def test_portable_cases(kernel, launch, device, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("head_dim", (64, 96, 128))
-def test_fixed_slopes(kernel, launch, device, head_dim, causal):
+def test_fixed_slopes(kernel, launch, device, monkeypatch, head_dim, causal):
     """ALiBi, whose slopes seldom want a gradient, with softcap; beside the portable kernels."""
     shape = (2, 450, 4, head_dim)
     leaves = [
@@ -79,20 +80,16 @@ def test_fixed_slopes(kernel, launch, device, head_dim, causal):
     ]
     options = {"alibi_slopes": torch.rand(4, device=device), "softcap": 20.0, "causal": causal}
     grads = []
-    for deterministic in (True, False):
-        out = kernel.flash_attn_func(*leaves, **options, deterministic=deterministic)
+    takes = launch._takes_hopper_backward
+    for hopper in (False, True):
+        monkeypatch.setattr(
+            launch, "_takes_hopper_backward", lambda *args, yes=hopper: yes and takes(*args)
+        )
+        out = kernel.flash_attn_func(*leaves, **options)
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
-        assert ("hopper_backward" in launch.ran) != deterministic
+        assert ("hopper_backward" in launch.ran) == hopper
     for got, want in zip(grads[1], grads[0]):
         assert (got - want).float().norm() < 5e-3 * want.float().norm()
-
-
-@pytest.mark.gpu
-def test_deterministic(kernel, launch, device):
-    """dQ is summed in any order here: whoever wants it repeatable gets the portable kernels."""
-    *inputs, options = make(BY_NAME["gqa"], torch.bfloat16, device)
-    run(kernel, *inputs, {**options, "deterministic": True})
-    assert "dkdv" in launch.ran and "hopper_backward" not in launch.ran
 
 
 LONG = [
@@ -104,6 +101,8 @@ LONG = [
     Case("long-group-64", 700, 600, batch=2, nheads=24, nheads_k=4, head_dim=64),
     Case("long-64", 1500, 1300, nheads=4, nheads_k=2, head_dim=64),
     Case("long-64-window", 1500, 1500, nheads=4, nheads_k=4, head_dim=64, window=(200, 70)),
+    Case("long-window", 1000, 1300, batch=2, nheads=4, nheads_k=2, head_dim=128, window=(300, 40)),
+    Case("long-window-causal", 900, 500, nheads=4, nheads_k=4, head_dim=64, window=(130, 0)),
     Case("long-96", 700, 900, nheads=4, nheads_k=2, head_dim=96, causal=True),
     Case(
         "long-varlen", nheads=8, nheads_k=2, head_dim=128, causal=True,
@@ -131,6 +130,20 @@ def test_many_tiles(kernel, launch, device, case):
             assert torch.equal(got, want)
     torch.cuda.synchronize()
     assert all(not counters.any() for counters in launch._counters_of_stream.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LONG, ids=[case.name for case in LONG])
+def test_deterministic(kernel, launch, device, case):
+    """dQ, too, in the same order every time, and right."""
+    *inputs, plain = make(case, torch.bfloat16, device)
+    options = {**plain, "deterministic": True}
+    first = run(kernel, *inputs, options)
+    check(first, *inputs, plain, kernel=kernel)
+    assert "hopper_ordered" in launch.ran and "hopper_backward" not in launch.ran
+    for _ in range(5):
+        for got, want in zip(run(kernel, *inputs, options), first):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.gpu
@@ -163,6 +176,26 @@ def test_remembered(kernel, launch, device, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
+@pytest.mark.parametrize("case", LONG, ids=[case.name for case in LONG])
+def test_as_exact_as_portable(kernel, launch, module, device, monkeypatch, case, dtype):
+    """The error against float64, root of the mean square, at most 1.05 times the portable one."""
+    inputs = make(case, dtype, device)
+    results = [run(kernel, *inputs)]
+    assert {"hopper", "hopper_backward"} <= launch.ran
+    monkeypatch.setattr(module("flash_attention_kernel.plans"), "memos", {})
+    monkeypatch.setattr(launch, "_takes_hopper", lambda *args: False)
+    monkeypatch.setattr(launch, "_takes_hopper_backward", lambda *args: False)
+    results.append(run(kernel, *inputs))
+    *tensors, options = inputs
+    exact = attention_with_grads(*tensors, **options)
+    for name, ours, portable, want in zip(NAMES, *results, exact):
+        rows = want.isfinite()
+        error, allowed = ((got[rows] - want[rows]).double().norm() for got in (ours, portable))
+        assert error <= 1.05 * allowed + 1e-5 * want[rows].double().norm(), name
+
+
+@pytest.mark.gpu
 def test_strided(kernel, launch, device):
     """Packed QKV and heads-first tensors are read where they lie; what TMA cannot read is not."""
     qkv = torch.randn(2, 300, 3, 4, 64, device=device, dtype=torch.bfloat16)
@@ -177,6 +210,40 @@ def test_strided(kernel, launch, device):
         kernel.flash_attn_func(room.copy_(q), k, v, causal=True), want, rtol=0, atol=2e-2
     )
     assert "forward" in launch.ran
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", (128, 256))
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_cache(kernel, launch, device, head_dim, page):
+    """Pages of whole tiles and entries of a cache give what the rows themselves give, bit by bit;
+    what is in no sequence is NaN."""
+    torch.manual_seed(0)
+    q = torch.randn(2, 300, 8, head_dim, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(2, 2, 4 * 256, 2, head_dim, device=device, dtype=torch.bfloat16)
+    lengths = torch.tensor([1000, 517], device=device, dtype=torch.int32)
+    rows[:, 1, 517:] = rows[:, 0, 1000:] = float("nan")
+    options = {"cache_seqlens": lengths, "causal": True, "window_size": (400, 0)}
+    want = kernel.flash_attn_with_kvcache(q, *rows, **options)
+    number = rows.shape[2] // page
+    table = torch.randperm(2 * number + 3, device=device)[: 2 * number].view(2, number).int()
+    pages = torch.full((2, 2 * number + 3, page, *rows.shape[3:]), float("nan")).to(rows)
+    pages[:, table.long()] = rows.unflatten(2, (number, page))
+    table[1, -1] = -1  # not used
+    got = kernel.flash_attn_with_kvcache(q, *pages, **options, block_table=table)
+    assert torch.equal(got, want)
+    caches = torch.full((2, 5, *rows.shape[2:]), float("nan")).to(rows)
+    where = torch.tensor([3, 0], device=device, dtype=torch.int32)
+    caches[:, where.long()] = rows
+    got = kernel.flash_attn_with_kvcache(q, *caches, **options, cache_batch_idx=where)
+    assert torch.equal(got, want)
+    assert launch.ran == {"hopper"}
+    small = kernel.flash_attn_with_kvcache(
+        q, *pages.view(2, -1, 64, *rows.shape[3:]), **options,
+        block_table=(table[..., None] * (page // 64) + torch.arange(page // 64, device=device))
+        .flatten(1).int(),
+    )  # fmt: skip
+    torch.testing.assert_close(small, want, rtol=0, atol=2e-2)
 
 
 @pytest.mark.gpu

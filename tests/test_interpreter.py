@@ -71,9 +71,9 @@ def test_around_the_hopper_backward(module, name, head_dim):
     out, lse = launch.forward(problem, launch.TileConfig(16, 16, 4, 1))
     plan = hopper_calls.backward_plan(problem)
     tile = plan.tile
-    stats, sums = hopper_calls.workspace(problem, plan)
+    stats, sums, turns = hopper_calls.workspace(problem, plan, True)
     block_m, delta = tile.block_m, torch.empty_like(lse)
-    prepare = (out, dout, lse, None, delta, stats, sums, tile)
+    prepare = (out, dout, lse, None, delta, stats, sums, turns, tile)
     plans.run(hopper_calls.prepare_launch(problem, *prepare))
 
     stats, sums = stats.view(-1, 2, block_m), sums.view(-1, block_m * head_dim)

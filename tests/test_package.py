@@ -52,9 +52,10 @@ LAYERS = {
     "flash_attention_kernel/hopper/pipeline": {"compat"},
     "flash_attention_kernel/hopper/stats": {"common", "seqlen"},
     "flash_attention_kernel/hopper/backward": {
-        "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen",
+        "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "turns",
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
+    "flash_attention_kernel/hopper/turns": {"masks"},
     "flash_attention_kernel/hopper/forward": {
         "compat",
         "common", "masks", "pipeline", "schedule", "scores", "seqlen", "softmax",
@@ -159,7 +160,7 @@ def test_tables_are_complete(module):
         assert tile.block_m in ((64, 128) if "backward" in key else (128, 192)), key
         assert tile.block_n in (64, 128) and tile.stages >= 2 and tile.q_tiles >= 1, key
     for head_dim, head_dim_v in ((8, 8), (64, 32), (96, 96), (192, 128), (256, 256)):
-        assert config.choose_hopper(head_dim, head_dim_v, head_dim > 64)
+        assert config.choose_hopper(head_dim, head_dim_v, head_dim > 64, head_dim_v < 64)
     for mods in (False, True):
         assert config.choose_hopper_backward(80, mods) == config.choose_hopper_backward(128, mods)
     for arch in ("sm_75", "sm_87", "sm_103", "sm_121", "gfx90a", "gfx1100", "xpu"):

@@ -56,7 +56,7 @@ PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so 
 
 # Bytes in local memory that are let pass: what outlasts a loop; in hopper/backward.py at D 128 also
 # what softcap and ALiBi take.
-PARKED = {"hopper": 32, "hopper_backward": 256}
+PARKED = {"hopper": 32, "hopper_backward": 256, "hopper_ordered": 256}
 
 
 class Row(NamedTuple):
@@ -204,9 +204,11 @@ def hopper_launch_for(row: Row, problem, tile):
     if row.kernel == "hopper":
         return hopper_calls.forward_launch(problem, out, problem.empty_lse(), counters, tile)
     plan = hopper_calls.backward_plan(problem, tile)
-    work, tile = hopper_calls.workspace(problem, plan), plan.tile
+    stats, sums, turns = hopper_calls.workspace(problem, plan, row.kernel == "hopper_ordered")
     grads = problem.empty_grads()[1][1:]
-    return hopper_calls.backward_launch(problem, out, *work, *grads, counters, tile)
+    return hopper_calls.backward_launch(
+        problem, out, stats, sums, *grads, counters, turns, plan.tile
+    )
 
 
 def compile_row(row: Row, tile=None) -> Report:
@@ -269,6 +271,7 @@ def rows(architectures, quick: bool):
                 for dim, varlen in itertools.product((64, 128), (False, True)):
                     yield Row(arch, "hopper", "bf16", dim, True, varlen)
                     yield Row(arch, "hopper_backward", "bf16", dim, True, varlen)
+                yield Row(arch, "hopper_ordered", "bf16", 64, False, False)
         return
     if "sm_90" in architectures:
         for dim, dtype, causal, varlen in itertools.product(
@@ -276,11 +279,11 @@ def rows(architectures, quick: bool):
         ):
             for options in ("plain", "window", "both", "sink"):
                 yield Row("sm_90", "hopper", dtype, dim, causal, varlen, options)
-                # Gradients do not see sinks; see serves_backward, too.
-                if options == "plain" or (dim == 128 and options != "sink"):
+                if options != "sink":  # which gradients do not see
                     yield Row("sm_90", "hopper_backward", dtype, dim, causal, varlen, options)
-            if dim == 128:
-                yield Row("sm_90", "hopper", dtype, 256, causal, varlen)
+            yield Row("sm_90", "hopper_ordered", dtype, dim, causal, varlen)
+            for more in (96, 192, 256) if dim == 128 else ():
+                yield Row("sm_90", "hopper", dtype, more, causal, varlen)
     for arch, dim in itertools.product(architectures, DIMS):
         for kernel in ("forward", "dq", "dkdv"):
             for dtype, causal in itertools.product(DTYPES, (False, True)):

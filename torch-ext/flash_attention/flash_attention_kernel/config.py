@@ -45,9 +45,7 @@ class Table:
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
     spilling: frozenset  # keys for which no tile was found that does not spill
-    hopper: Dict[
-        str, HopperConfig
-    ]  # '64/causal': head_dim, 'full', 'causal', 'backward', 'backward-mods'
+    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full', 'full-short', 'causal', ...
 
 
 @functools.lru_cache(maxsize=None)
@@ -171,9 +169,9 @@ def hopper_dim(head_dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=None)
-def choose_hopper(head_dim: int, head_dim_v: int, masked: bool) -> HopperConfig:
-    """hopper/forward.py's config."""
-    kind = "causal" if masked else "full"
+def choose_hopper(head_dim: int, head_dim_v: int, masked: bool, short: bool) -> HopperConfig:
+    """hopper/forward.py's config. short: of sequences too short for tiles of 192 rows."""
+    kind = "causal" if masked else "full-short" if short else "full"
     return table_for("sm_90").hopper[f"{hopper_dim(max(head_dim, head_dim_v))}/{kind}"]
 
 

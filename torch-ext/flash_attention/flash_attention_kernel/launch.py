@@ -96,7 +96,7 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
         _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
     takes_hopper = tile is None and _takes_hopper(memo, problem)
-    if takes_hopper and _by_hopper(memo, problem, out, lse, others[1:]):
+    if takes_hopper and _by_hopper(memo, problem, out, lse, others):
         return out, lse
     call(
         memo, "forward", problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
@@ -242,15 +242,16 @@ def _takes_hopper_backward(memo, problem, dout) -> bool:
     return memo["takes_hopper_backward"] and memo["takes_hopper"]
 
 
-def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
+def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool:
     """Whether the kernels for sm_90 have been called; not where they do not compile. rows: out,
-    dout, lse and dlse; delta: None unless it is wanted."""
+    dout, lse and dlse; delta: None unless it is wanted; ordered: bitwise repeatable."""
     hopper_calls, device = _hopper_calls(), problem.q.device
     plan = memo.get("backward_plan")
     if plan is None:
         plan = memo["backward_plan"] = hopper_calls.backward_plan(problem)
     tile, parts = plan[:2]
-    stats, sums = hopper_calls.workspace(problem, plan)
+    stats, sums, turns = hopper_calls.workspace(problem, plan, ordered)
+    name = "hopper_ordered" if ordered else "hopper_backward"
     counters, mods, lengths = _counters(device), calls.mods_of(problem), problem.lengths()
     of_q = (problem.cu_seqlens_q, problem.seqused_q)
     to_dk, to_dv = dk, dv
@@ -259,19 +260,19 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
     out, dout, lse, dlse = rows
     try:
         call(
-            memo, "prepare", device, (out, dout), (lse, dlse, delta, stats, sums), of_q, (),
-            lambda: hopper_calls.prepare_launch(problem, *rows, delta, stats, sums, tile),
+            memo, f"prepare_{name}", device, (out, dout), (lse, dlse, delta, stats, sums, turns),
+            of_q, (),
+            lambda: hopper_calls.prepare_launch(problem, *rows, delta, stats, sums, turns, tile),
         )  # fmt: skip
         call(
-            memo, "hopper_backward", device,
-            (*problem[:3], dout, sums, stats, to_dk, to_dv, to_dk, to_dv), (counters,), lengths,
-            (tuple(mods),),
+            memo, name, device, (*problem[:3], dout, sums, stats, to_dk, to_dv, to_dk, to_dv),
+            (counters, turns), lengths, (tuple(mods),),
             lambda: hopper_calls.backward_launch(
-                problem, dout, stats, sums, to_dk, to_dv, counters, tile
+                problem, dout, stats, sums, to_dk, to_dv, counters, turns, tile
             ),
         )  # fmt: skip
     except (TritonError, RuntimeError) as error:
-        if "hopper_backward" in memo:  # it has run: this is another error
+        if name in memo:  # it has run: this is another error
             raise
         _without_hopper(error)
         memo["takes_hopper"] = False
@@ -282,7 +283,7 @@ def _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv) -> bool:
     )  # fmt: skip
     if parts > 1:
         for grad, partial in ((dk, to_dk), (dv, to_dv)):
-            torch.sum(partial.unflatten(-2, (-1, parts)), -2, out=grad)
+            grad.copy_(partial.unflatten(-2, (-1, parts)).sum(-2))
     return True
 
 
@@ -325,14 +326,13 @@ def backward(
         memo = memo_of((dq_tile, kv_tile, *wanted, *signature(problem, *rows, dq, dk, dv)))
     else:
         memo = memo.setdefault((wanted, layout(dout), dlse is None), {})
-    repeatable = problem.deterministic or torch.are_deterministic_algorithms_enabled()
+    ordered = problem.deterministic or torch.are_deterministic_algorithms_enabled()
     if (
-        repeatable  # and not by kernels that sum dQ in any order
-        or dq_tile is not None
+        dq_tile is not None
         or want_bias
         or want_slopes
         or not _takes_hopper_backward(memo, problem, dout)
-        or not _backward_by_hopper(memo, problem, rows, delta, dq, dk, dv)
+        or not _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv)
     ):
         delta = new(lse) if delta is None else delta
         dslope = new(lse) if want_slopes else None

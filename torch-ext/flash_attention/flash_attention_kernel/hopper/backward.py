@@ -5,6 +5,9 @@ block the Q and dO of every query head that sees them, and eight warps multiply.
 dPᵀ = VdOᵀ come from shared memory; Pᵀ stays in registers as left factor of dV += PᵀdO; dSᵀ goes to
 shared memory for dK += dSᵀQ and dQ = dS K, which the copy engine adds to a float32 dQ in memory.
 
+Where dQ is to have the same bits every time, blocks of keys take turns to add to a block of it, and
+begin with the last queries, so that they follow one another (turns.py).
+
 The tensor cores are kept busy under the arithmetic: while a block's P is computed, its dP and the
 dK of the block before are under way, while its dS is, dV, and while dQ is handed to the copy
 engine, dK and the next block's S. Nothing but dK and dV, both complete, is carried round the loop:
@@ -27,13 +30,21 @@ from ..masks import diagonal_shift, keep_mask
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
 from .compat import async_add, async_store, reinterpreted
-from .pipeline import make_channel, make_notes, opaque_zero, scrub
+from .pipeline import (
+    inner_product,
+    make_channel,
+    make_notes,
+    opaque_zero,
+    scrub,
+    spares_quarter,
+)
 from .schedule import (
     WORK_FIELDS,
     Call,
     Schedule,
     draw,
     find_work,
+    first_block,
     leave,
     next_block,
     received_keys,
@@ -41,6 +52,7 @@ from .schedule import (
     send_no_work,
     value_of_note,
 )
+from .turns import await_turn, pass_turn, turn_of
 
 
 class Rings(NamedTuple):
@@ -62,6 +74,13 @@ class Grads(NamedTuple):
     dv: Any
     dk_tiles: Any
     dv_tiles: Any
+
+
+class Sums(NamedTuple):
+    """Where dQ is summed."""
+
+    tiles: Any  # descriptor of the float32 sums, block after block
+    turns: Any  # int32 of each block: how many have added to it; None: they add in any order
 
 
 class Scratch(NamedTuple):
@@ -99,14 +118,16 @@ def stats_layout(ROWS):
 @gluon.jit
 def load(
     rings, call, q, k, v, dout, stats, group_size, parts, tiles_q,
-    SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    SPEC: gl.constexpr, DOWN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The producer: draws work; loads its K and V, then Q, dO and their rows' stats, head by head.
-    stats: [nheads, tiles_q, 2 * BLOCK_M], flat."""
+    stats: [nheads, tiles_q, 2 * BLOCK_M], flat. DOWN: the last queries first."""
     count = 0
     kv_count = 0
     work_count = 0
     index = gl.program_id(0)
+    if DOWN:  # a program that does not run yet must have no work that others wait for
+        index = draw(call.schedule, False)
     while index < call.schedule.total:
         work = find_work(index, call, count, kv_count, group_size, SPEC, BLOCK_M, BLOCK_N)
         rings.notes.send(work, work_count)
@@ -119,7 +140,7 @@ def load(
             k_entry = work.seq
         q_first, _ = partner_bounds(call.q_lengths, work.seq)
         head = work.head_k * group_size
-        start_m = work.begin
+        start_m = first_block(work, DOWN, BLOCK_M)
         k_place = [k_entry, work.k_first + work.start_n, work.head_k // parts, 0]
         for i in range(work.steps):
             if i == 0:
@@ -133,9 +154,9 @@ def load(
                 stats, [tile * (2 * BLOCK_M)], rings.stats, count,
             )  # fmt: skip
             count += 1
-            start_m, head = next_block(start_m, head, work, group_size, BLOCK_M)
+            start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
         kv_count += gl.minimum(work.steps, 1)
-        index = draw(call.schedule)
+        index = draw(call.schedule, not DOWN)
     send_no_work(rings.notes, work_count)
     leave(call.schedule)
 
@@ -159,6 +180,16 @@ def product(left, right, ROWS: gl.constexpr, COLS: gl.constexpr):
 
 
 @gluon.jit
+def over_dim(
+    left, right, SPEC: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_D: gl.constexpr
+):
+    """left @ rightᵀ, two tiles with BLOCK_D columns, under way: [ROWS, COLS]."""
+    LAYOUT: gl.constexpr = layout_of(ROWS, COLS)
+    zeros = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)
+    return inner_product(left, right, zeros, SPEC.head_dim, BLOCK_D)
+
+
+@gluon.jit
 def grads_of_scores(
     dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, scratch, mods, shift,
     exists, FIRST: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
@@ -169,7 +200,7 @@ def grads_of_scores(
     COL: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, dv_acc.type.layout, 2)
     dout_tile = clean(rings.dout, count, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-    dp = product(v_tile, dout_tile.permute((1, 0)), BLOCK_N, BLOCK_M)
+    dp = over_dim(v_tile, dout_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
     head_mods = mods_at_head(mods, work.seq, head, exists, shift, SPEC)
     rows = k_pos[:, None]
     cols = (start_m + gl.arange(0, BLOCK_M, layout=COL))[None, :]
@@ -198,14 +229,19 @@ def grads_of_scores(
 
 
 @gluon.jit
-def add_dq(part, tile, scratch, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Have the copy engine add a block's dQ to what other keys gave."""
-    ROWS: gl.constexpr = sums.block_shape[0]
+def add_dq(part, tile, turn, before, scratch, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Have the copy engine add a block's dQ to what other keys gave; in turn, and then the block
+    `before`, where there is one, is the next keys'."""
+    ROWS: gl.constexpr = sums.tiles.block_shape[0]
     LAYOUT: gl.constexpr = dq_layout(BLOCK_M, BLOCK_D)
+    if sums.turns is not None:
+        pass_turn(sums.turns, before, 0)
     tma.store_wait(0)  # it has read the block before
     reinterpreted(scratch.dq, gl.float32, [BLOCK_M, BLOCK_D], LAYOUT).store(part)
     fence_async_shared()
-    async_add(sums, [tile * ROWS, 0], scratch.dq)
+    if sums.turns is not None:
+        await_turn(sums.turns + tile, turn)
+    async_add(sums.tiles, [tile * ROWS, 0], scratch.dq)
 
 
 @gluon.jit
@@ -218,6 +254,8 @@ def attend(
     are laid by rows in tiles that are free by then."""
     S_LAYOUT: gl.constexpr = layout_of(BLOCK_N, BLOCK_M)
     ACC_LAYOUT: gl.constexpr = layout_of(BLOCK_N, BLOCK_D)
+    DOWN: gl.constexpr = sums.turns is not None
+    LATER: gl.constexpr = 3 if spares_quarter(SPEC.head_dim, BLOCK_D) else 2  # than dQ: S and dK
     mods = call.mods
     count = work.count
     kv_count = work.kv_count
@@ -226,30 +264,33 @@ def attend(
     dk_acc = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ACC_LAYOUT)
     dv_acc = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ACC_LAYOUT)
     k_pos = work.start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
-    start_m = work.begin
+    start_m = first_block(work, DOWN, BLOCK_M)
     head = work.head_k * group_size
     k_tile = clean(rings.k, kv_count, work.seqlen_k - work.start_n, SCRUB, BLOCK_N, BLOCK_D)
     q_tile = clean(rings.q, count, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-    qk = product(k_tile, q_tile.permute((1, 0)), BLOCK_N, BLOCK_M)
+    qk = over_dim(k_tile, q_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
     v_tile = clean(rings.v, kv_count, work.seqlen_k - work.start_n, SCRUB, BLOCK_N, BLOCK_D)
     qk = warpgroup_mma_wait(0, deps=[qk])
     dk_acc, dv_acc = grads_of_scores(
         dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, scratch, mods, shift,
         exists, True, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    before = -1
     for last in range(count, count + work.steps - 1):
         k_tile = rings.k.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
         v_tile = rings.v.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
         ds = scratch.ds.index(opaque_zero())  # with plain 0s, 130 to 210 bytes are spilled
         part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
         tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-        start_m, head = next_block(start_m, head, work, group_size, BLOCK_M)
+        turn = turn_of(work, start_m, shift, mods, SPEC, BLOCK_N)
+        start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
         q_tile = clean(rings.q, last + 1, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-        qk = product(k_tile, q_tile.permute((1, 0)), BLOCK_N, BLOCK_M)
+        qk = over_dim(k_tile, q_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
         q_last = rings.q.tile(last, BLOCK_M, BLOCK_D)
         dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
-        part = warpgroup_mma_wait(2, deps=[part])
-        add_dq(part, tile, scratch, sums, BLOCK_M, BLOCK_D)
+        part = warpgroup_mma_wait(LATER, deps=[part])
+        add_dq(part, tile, turn, before, scratch, sums, BLOCK_M, BLOCK_D)
+        before = tile
         qk = warpgroup_mma_wait(1, deps=[qk])
         dk_acc, dv_acc = grads_of_scores(
             dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, last + 1, work, rings, scratch, mods,
@@ -263,21 +304,23 @@ def attend(
     part = warpgroup_mma_wait(1, deps=[part])
     rings.k.release(kv_count)
     tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-    add_dq(part, tile, scratch, sums, BLOCK_M, BLOCK_D)
+    turn = turn_of(work, start_m, shift, mods, SPEC, BLOCK_N)
+    add_dq(part, tile, turn, before, scratch, sums, BLOCK_M, BLOCK_D)
     # Read again: what it says of the keys would take registers all the while.
     keys = received_keys(rings.notes, work_count, call, SPEC)
-    v_tile.store(dv_acc.to(v_tile.dtype))
-    store_tile(grads.dv, grads.dv_tiles, rings.v.tiles.index(0), keys, SPEC, BLOCK_N, BLOCK_D)
+    place = rings.v.tiles.index(0)
+    store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, SPEC, BLOCK_N, BLOCK_D)
     dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
     rings.q.release(last)
     STORES: gl.constexpr = 0 if grads.dv_tiles is None else 1  # of the copy engine, of each
+    if sums.turns is not None:
+        pass_turn(sums.turns, tile, STORES)
     tma.store_wait(STORES)  # it has read dQ
     TIMES: gl.constexpr = 2 * BLOCK_M // BLOCK_N  # that dQ's block holds dK's
     SHAPE: gl.constexpr = [TIMES, 1, BLOCK_N, 1, BLOCK_D]
     dk_tiles = reinterpreted(scratch.dq, k_tile.dtype, SHAPE, rings.k.tiles.layout)
-    dk_tile = dk_tiles.index(0).reshape([BLOCK_N, BLOCK_D])
-    dk_tile.store((dk_acc * (mods.scale_log2 * LN2)).to(k_tile.dtype))
-    store_tile(grads.dk, grads.dk_tiles, dk_tiles.index(0), keys, SPEC, BLOCK_N, BLOCK_D)
+    dk_acc *= mods.scale_log2 * LN2
+    store_grad(grads.dk, grads.dk_tiles, dk_tiles.index(0), dk_acc, keys, SPEC, BLOCK_N, BLOCK_D)
     tma.store_wait(STORES)  # it has read dV
     rings.v.release(kv_count)
 
@@ -289,13 +332,18 @@ def row_layout(COLS):
 
 
 @gluon.jit
-def store_tile(
-    out, tiles, tile, keys, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
+def store_grad(
+    out, tiles, tile, values, keys, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
 ):
-    """Write a gradient's rows of these keys from shared memory: by the copy engine, or by `store`
-    where `tiles` is None."""
+    """Write a gradient's rows of these keys: float32, a part of it, as the products lie; else by
+    way of `tile`, and from there by the copy engine, or by `store` where `tiles` is None."""
+    if out.ptr.dtype.element_ty == gl.float32:
+        store(out, values, keys, SPEC)
+        return
+    rows = tile.reshape([BLOCK_N, BLOCK_D])
+    rows.store(values.to(tile.dtype))
     if tiles is None:
-        store(out, tile.reshape([BLOCK_N, BLOCK_D]).load(row_layout(BLOCK_D)), keys, SPEC)
+        store(out, rows.load(row_layout(BLOCK_D)), keys, SPEC)
     fence_async_shared()
     if tiles is not None:
         async_store(tiles, [keys[0], keys[2], keys[1], 0], tile)
@@ -305,7 +353,7 @@ def store_tile(
 def store(out, values, keys, SPEC: gl.constexpr):
     """Write a gradient's rows of these keys."""
     seq, head_k, start_n, k_first, seqlen_k = keys
-    LAYOUT: gl.constexpr = row_layout(values.shape[1])
+    LAYOUT: gl.constexpr = values.type.layout
     out = at_head(out, seq, head_k, k_first)
     rows = start_n + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
@@ -347,17 +395,17 @@ def multiply(
     )
 )  # fmt: skip
 def hopper_backward_kernel(
-    q, k, v, dout, sums, stats, dk, dv, dk_tiles, dv_tiles, counters, cu_seqlens_q, cu_seqlens_k,
-    seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads_k, group_size, parts, per_head,
-    heads, total, head_group, tiles_q, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    Q_TILES: gl.constexpr,
+    q, k, v, dout, sums, stats, dk, dv, dk_tiles, dv_tiles, counters, turns, cu_seqlens_q,
+    cu_seqlens_k, seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads_k, group_size,
+    parts, per_head, heads, total, head_group, tiles_q, mods, SPEC: gl.constexpr,
+    SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v and dout are descriptors of [batch, seqlen, heads,
     head_dim] (packed: batch 1), stats and sums (float32, dQ over the softmax scale) of what
     prepare_kernel wrote, dk and dv Operands, dk_tiles and dv_tiles their descriptors where a tile
     has nothing but its sequence's rows, or None; counters Schedule's. nheads_k: of dk and dv,
-    `parts` for each of K's, with group_size of Q's each."""
+    `parts` for each of K's, with group_size of Q's each. turns: see Sums."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
@@ -381,7 +429,7 @@ def hopper_backward_kernel(
             (
                 multiply,
                 (
-                    rings, scratch, call, grads, sums, group_size, tiles_q,
+                    rings, scratch, call, grads, Sums(sums, turns), group_size, tiles_q,
                     SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
                 ),
             ),
@@ -389,7 +437,7 @@ def hopper_backward_kernel(
                 load,
                 (
                     rings, call, q, k, v, dout, stats, group_size, parts, tiles_q,
-                    SPEC, BLOCK_M, BLOCK_N,
+                    SPEC, turns is not None, BLOCK_M, BLOCK_N,
                 ),
             ),
         ],

@@ -24,7 +24,7 @@ from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
 from .compat import async_store
-from .pipeline import make_channel, make_notes, scrub
+from .pipeline import inner_product, make_channel, make_notes, scrub
 from .schedule import (
     TILE_FIELDS,
     Call,
@@ -49,6 +49,16 @@ class Rings(NamedTuple):
     notes: Any
 
 
+class Out(NamedTuple):
+    """Where results go."""
+
+    out: Any  # Operand
+    tiles: Any  # its descriptor, or None: stored by rows
+    lse: Any
+    q_lengths: Any
+    nheads: Any
+
+
 @gluon.constexpr_function
 def product_layout(COLS):
     """Of a product [ROWS, COLS] of one warp group."""
@@ -56,8 +66,18 @@ def product_layout(COLS):
 
 
 @gluon.jit
+def place_of_keys(entry, row, seq, paging, SPEC: gl.constexpr):
+    """-> (entry or page, row in it) of a block of keys, all of which a page holds."""
+    if SPEC.page_size > 0:
+        table = paging.table + seq.to(gl.int64) * paging.columns
+        return gl.load(table + row // SPEC.page_size), row % SPEC.page_size
+    else:
+        return entry, row
+
+
+@gluon.jit
 def load(
-    rings, call, q, k, v, group_size,
+    rings, call, q, k, v, paging, group_size,
     SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The producer: draws tiles; of each loads Q, and keys and values from the last block down."""
@@ -74,23 +94,28 @@ def load(
         k_entry = 0
         if call.q_lengths.cu_seqlens is None:
             q_entry = tile.seq
-        if call.k_lengths.cu_seqlens is None:
+        if paging.batch_idx is not None:
+            k_entry = gl.load(
+                paging.batch_idx + tile.seq, mask=tile.seq < call.q_lengths.batch, other=0
+            )
+        elif call.k_lengths.cu_seqlens is None:
             k_entry = tile.seq
         row = tile.k_first + tile.last_n
         for i in range(tile.blocks):
             if i == tile.blocks - 1:  # now, as the answer takes 1 us
-                index = draw(call.schedule)
-            rings.k.fill(k, [k_entry, row, head_k, 0], kv_count)
+                index = draw(call.schedule, True)
+            place = place_of_keys(k_entry, row, tile.seq, paging, SPEC)
+            rings.k.fill(k, [place[0], place[1], head_k, 0], kv_count)
             if i == 0:
                 for part in gl.static_range(BLOCK_M // ROWS):
                     q_row = tile.q_first + tile.start_m + part * ROWS
                     rings.q.fill(q, [q_entry, q_row, tile.head, 0], q_count)
                     q_count += 1
-            rings.v.fill(v, [k_entry, row, head_k, 0], kv_count)
+            rings.v.fill(v, [place[0], place[1], head_k, 0], kv_count)
             row -= BLOCK_N
             kv_count += 1
         if tile.blocks <= 0:
-            index = draw(call.schedule)
+            index = draw(call.schedule, True)
     send_end(rings.notes, tile_count)
     leave(call.schedule)
 
@@ -125,24 +150,33 @@ def factor(weights, acc, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def first_products(blocks, q_count, k_count, rings, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+def products(q_tile, k_tile, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
+    """QKᵀ of two tiles [ROWS, BLOCK_D] and [BLOCK_N, BLOCK_D], under way."""
+    LAYOUT: gl.constexpr = product_layout(BLOCK_N)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    return inner_product(q_tile, k_tile, zeros, SPEC.head_dim, BLOCK_D)
+
+
+@gluon.jit
+def first_products(
+    blocks, q_count, k_count, rings, SPEC: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+):  # fmt: skip
     """QKᵀ of the first block of a tile [ROWS, BLOCK_N], under way; of no use if `blocks` < 1."""
     if blocks > 0:
         rings.q.wait(q_count)
         rings.k.wait(k_count)
-    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
     q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
-    k_tile = rings.k.tile(k_count, BLOCK_N, BLOCK_D)
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return products(q_tile, rings.k.tile(k_count, BLOCK_N, BLOCK_D), SPEC, BLOCK_N, BLOCK_D)
 
 
 @gluon.jit
 def first_products_alone(
-    blocks, q_count, k_count, rings, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
-):
+    blocks, q_count, k_count, rings, SPEC: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+):  # fmt: skip
     """`first_products`, waited for."""
-    qk = first_products(blocks, q_count, k_count, rings, BLOCK_N, BLOCK_D)
+    qk = first_products(blocks, q_count, k_count, rings, SPEC, BLOCK_N, BLOCK_D)
     qk = warpgroup_mma_wait(0, deps=[qk])
     if blocks > 0:
         rings.k.release(k_count)
@@ -171,16 +205,14 @@ def weights_of(
 @gluon.jit
 def step(
     acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-    SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr,
+    SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Block i's softmax; then QKᵀ of the next and its PV."""
     acc, l_i, m_i, p = weights_of(
         acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC, q_tile.dtype
     )
-    k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, q_tile.shape[1])
-    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
-    qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, BLOCK_D)
+    qk = products(q_tile, k_tile, SPEC, BLOCK_N, BLOCK_D)
     v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_DV)
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
@@ -206,7 +238,7 @@ def last_step(
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     blocks = value_of_note(rings.notes, tile_count)
     next_k = kv_count + tile.blocks
-    qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, BLOCK_N, BLOCK_D)
+    qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, SPEC, BLOCK_N, BLOCK_D)
     acc = warpgroup_mma_wait(1, deps=[acc])
     rings.v.release(kv_count + last)
     scale = exponent_scale(mods, SPEC)
@@ -239,7 +271,7 @@ def attend(
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
             acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
-            SPEC, BLOCK_N, BLOCK_DV,
+            SPEC, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if out.tiles is None:
         rings.q.release(q_count)
@@ -247,16 +279,6 @@ def attend(
         acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, out, mods, head_mods,
         WHICH, SPEC, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-
-
-class Out(NamedTuple):
-    """Where results go."""
-
-    out: Any  # Operand
-    tiles: Any  # its descriptor, or None: stored by rows
-    lse: Any
-    q_lengths: Any
-    nheads: Any
 
 
 @gluon.jit
@@ -312,7 +334,7 @@ def multiply(
     mods = call.mods
     scale = exponent_scale(mods, SPEC)
     blocks = value_of_note(rings.notes, tile_count)
-    qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
+    qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
     while blocks >= 0:
         tile = received_tile(rings.notes, blocks, tile_count)
         shift = diagonal_shift(tile.seqlen_q, tile.seqlen_k, SPEC)
@@ -336,20 +358,21 @@ def multiply(
             if tile.start_m >= 0:
                 store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)
-            qk = first_products_alone(blocks, q_count, kv_count, rings, BLOCK_N, BLOCK_D)
+            qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
 
 
 @gluon.jit(do_not_specialize=("rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total"))
 def hopper_forward_kernel(
     q, k, v, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-    leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group, mods,
-    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
+    leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group,
+    paging, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
+    Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
     (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand,
     out_tiles its descriptor where a tile has nothing but its sequence's rows, as many as Q's, and
-    two tiles of Q fit, or None; lse a pointer, counters Schedule's."""
+    two tiles of Q fit, or None; lse a pointer, counters Schedule's, paging a Paging."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
@@ -372,7 +395,7 @@ def hopper_forward_kernel(
                     multiply,
                     (rings, call, to, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
-                (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
+                (load, (rings, call, q, k, v, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4],
             [240, 24],
@@ -392,7 +415,7 @@ def hopper_forward_kernel(
                     multiply,
                     (rings, call, to, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
-                (load, (rings, call, q, k, v, group_size, SPEC, BLOCK_M, BLOCK_N)),
+                (load, (rings, call, q, k, v, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4, 4],
             [160, 160, 24],

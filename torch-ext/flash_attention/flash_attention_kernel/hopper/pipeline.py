@@ -1,8 +1,13 @@
-"""Rings in shared memory between a warp that fills them and the warp groups that read them."""
+"""Rings in shared memory between a warp that fills them and the warp groups that read them, and
+what these have in common."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+)
 
 from .compat import aggregate, async_load
 
@@ -82,6 +87,26 @@ def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
     ready, free = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     return Channel(tiles, ready, free, STAGES, desc.block_type.nbytes)
+
+
+@gluon.constexpr_function
+def spares_quarter(HEAD_DIM, BLOCK_D):
+    """Whether the last quarter of a tile's columns is all 0, as with head_dim 96 and 192, and
+    `inner_product` leaves it out."""
+    return BLOCK_D > 64 and HEAD_DIM * 4 <= BLOCK_D * 3
+
+
+@gluon.jit
+def inner_product(left, right, zeros, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr):
+    """left @ rightᵀ of two tiles with BLOCK_D columns, under way: one group of products, or two."""
+    if not spares_quarter(HEAD_DIM, BLOCK_D):
+        return warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    HALF: gl.constexpr = BLOCK_D // 2
+    first, last = right.slice(0, HALF, 1), right.slice(HALF, HALF // 2, 1)
+    acc = warpgroup_mma(
+        left.slice(0, HALF, 1), first.permute((1, 0)), zeros, use_acc=False, is_async=True
+    )
+    return warpgroup_mma(left.slice(HALF, HALF // 2, 1), last.permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit

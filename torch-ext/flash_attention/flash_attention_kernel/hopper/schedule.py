@@ -16,7 +16,7 @@ class Schedule(NamedTuple):
     heads: int  # times sequences, where these are not packed
     total: int
     group: int  # heads whose K and V are in the L2 together
-    counters: Any  # [2] int32, 0 and left so: tiles drawn beyond the programs' first, programs done
+    counters: Any  # [2] int32, 0 and left so: tiles drawn, programs done
 
 
 class Call(NamedTuple):
@@ -69,9 +69,11 @@ WORK_FIELDS: gl.constexpr = gl.constexpr(len(Work._fields))
 
 
 @gluon.jit
-def draw(schedule):
-    """The next tile that nobody has drawn; a program's first has its own number."""
-    return gl.num_programs(0) + gl.atomic_add(schedule.counters, 1, sem="relaxed")
+def draw(schedule, DEALT: gl.constexpr):
+    """The next tile that nobody has drawn. DEALT: beyond those that have a program's number, which
+    are the programs' first."""
+    drawn = gl.atomic_add(schedule.counters, 1, sem="relaxed")
+    return drawn + gl.num_programs(0) if DEALT else drawn
 
 
 @gluon.jit
@@ -135,7 +137,7 @@ def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: g
     """Tile number `index`, last rows, which see most keys, first."""
     seq, head, block = find_place(index, call, call.q_lengths, BLOCK_M, True)
     q_first, seqlen_q = sequence_bounds(call.q_lengths, seq)
-    k_first, seqlen_k = partner_bounds(call.k_lengths, seq)
+    k_first, seqlen_k = partner_bounds(call.k_lengths, seq, SPEC.page_size > 0)
     shift = diagonal_shift(seqlen_q, seqlen_k, SPEC)
     start_m = block * BLOCK_M
     begin, full_begin, full_end, end = kv_block_range(
@@ -221,11 +223,21 @@ def received_keys(notes, count, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def next_block(start_m, head, work, group_size, BLOCK_M: gl.constexpr):
+def first_block(work, DOWN: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Where the first block of queries begins; DOWN: the last one is the first."""
+    start_m = work.begin
+    if DOWN:
+        start_m = (work.end - 1) // BLOCK_M * BLOCK_M
+    return start_m
+
+
+@gluon.jit
+def next_block(start_m, head, work, group_size, DOWN: gl.constexpr, BLOCK_M: gl.constexpr):
     """-> (start_m, head) of the block of queries after this one."""
-    start_m += BLOCK_M
+    start_m += -BLOCK_M if DOWN else BLOCK_M
     if group_size != 1:
-        if start_m >= work.end:
-            start_m = work.begin
+        over = start_m < work.begin if DOWN else start_m >= work.end
+        if over:
+            start_m = first_block(work, DOWN, BLOCK_M)
             head += 1
     return start_m, head
