@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import BY_NAME, INTERPRETED, make
 from checking import check, problem_of
 from conftest import HAS_GPU
@@ -103,3 +105,48 @@ def test_around_the_hopper_backward(module, name, head_dim):
     dq = torch.zeros_like(q)
     plans.run(hopper_calls.finish_launch(problem, sums.view(-1), dq, tile))
     torch.testing.assert_close(dq, want_dq)
+
+
+@triton.jit
+def turns_kernel(
+    begins, ends, turns, seqlen_q, seqlen_k, shift, mods, rows, cols,
+    SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """q_block_range of every block of keys, and blocks_before of those and every block of rows."""
+    for n in range(cols):
+        begin, _, _, end = masks.q_block_range(  # noqa: F821
+            n * BLOCK_N, seqlen_q, shift, mods, SPEC, BLOCK_M, BLOCK_N
+        )
+        tl.store(begins + n, begin)
+        tl.store(ends + n, end)
+        for m in range(rows):
+            turn = masks.blocks_before(  # noqa: F821
+                n * BLOCK_N, m * BLOCK_M, shift, seqlen_k, mods, SPEC, BLOCK_N
+            )
+            tl.store(turns + n * rows + m, turn)
+
+
+@pytest.mark.parametrize("options", ({}, {"causal": True}, {"window_size": (40, 9)},
+    {"window_size": (70, -1)}, {"window_size": (-1, 33)}, {"window_size": (25, 0)},
+    {"causal": True, "causal_alignment": "top-left"}), ids=str)  # fmt: skip
+@pytest.mark.parametrize("lengths", ((70, 100), (200, 64), (130, 130), (1, 90), (90, 1)), ids=str)
+def test_turns(module, monkeypatch, lengths, options):
+    """Whoever adds to a block of dQ has a turn of its own, in the order of the keys, from 0 on."""
+    masks, calls, problem, chosen = (
+        module(name) for name in ("flash_attention_kernel.masks", "flash_attention_kernel.calls",
+                                  "problem", "options"))  # fmt: skip
+    monkeypatch.setitem(globals(), "masks", masks)
+    seqlen_q, seqlen_k = lengths
+    q, k = (torch.empty(1, length, 1, 64, dtype=torch.float16) for length in lengths)
+    p = problem.AttentionProblem.dense(q, k, k, chosen.Options(**options))
+    rows, cols = -(-seqlen_q // 16), -(-seqlen_k // 32)
+    begins, ends = torch.empty(2, cols, dtype=torch.int32)
+    turns = torch.empty(cols, rows, dtype=torch.int32)
+    shift = 0 if p.top_left else seqlen_k - seqlen_q
+    turns_kernel[(1,)](
+        begins, ends, turns, seqlen_q, seqlen_k, shift, calls.mods_of(p), rows, cols,
+        calls.spec_of(p), 16, 32,
+    )  # fmt: skip
+    for m in range(rows):
+        adds = [n for n in range(cols) if begins[n] <= m * 16 < ends[n]]
+        assert turns[adds, m].tolist() == list(range(len(adds)))

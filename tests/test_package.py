@@ -55,7 +55,7 @@ LAYERS = {
         "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "turns",
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
-    "flash_attention_kernel/hopper/turns": {"masks"},
+    "flash_attention_kernel/hopper/turns": set(),
     "flash_attention_kernel/hopper/forward": {
         "compat",
         "common", "masks", "pipeline", "schedule", "scores", "seqlen", "softmax",

@@ -56,7 +56,7 @@ PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so 
 
 # Bytes in local memory that are let pass: what outlasts a loop; in hopper/backward.py at D 128 also
 # what softcap and ALiBi take.
-PARKED = {"hopper": 32, "hopper_backward": 256, "hopper_ordered": 256}
+PARKED = {"hopper": 40, "hopper_backward": 256, "hopper_ordered": 256}
 
 
 class Row(NamedTuple):

@@ -126,3 +126,15 @@ def q_block_range(
             begin = tl.minimum(first_row // BLOCK_M * BLOCK_M, full_end)
         full_begin = tl.minimum(tl.cdiv(first_full, BLOCK_M) * BLOCK_M, full_end)
     return begin, full_begin, full_end, end
+
+
+@triton.jit
+def blocks_before(
+    start_n, start_m, shift, seqlen_k, mods, SPEC: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """How many of the blocks of keys before that from start_n have the rows from start_m in their
+    q_block_range, where it has them in its own: all, but for those to the left of the window."""
+    first = 0
+    if SPEC.left:
+        first, _, _, _ = kv_block_range(start_m, 1, shift, seqlen_k, mods, SPEC, BLOCK_N)
+    return (start_n - first) // BLOCK_N

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import LN2, at_head
-from ..masks import diagonal_shift, keep_mask
+from ..masks import blocks_before, diagonal_shift, keep_mask
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
 from .compat import async_add, async_store, reinterpreted
@@ -52,7 +52,7 @@ from .schedule import (
     send_no_work,
     value_of_note,
 )
-from .turns import await_turn, pass_turn, turn_of
+from .turns import await_turn, pass_turn
 
 
 class Rings(NamedTuple):
@@ -282,7 +282,7 @@ def attend(
         ds = scratch.ds.index(opaque_zero())  # with plain 0s, 130 to 210 bytes are spilled
         part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
         tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-        turn = turn_of(work, start_m, shift, mods, SPEC, BLOCK_N)
+        turn = blocks_before(work.start_n, start_m, shift, work.seqlen_k, mods, SPEC, BLOCK_N)
         start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
         q_tile = clean(rings.q, last + 1, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
         qk = over_dim(k_tile, q_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
@@ -304,7 +304,7 @@ def attend(
     part = warpgroup_mma_wait(1, deps=[part])
     rings.k.release(kv_count)
     tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-    turn = turn_of(work, start_m, shift, mods, SPEC, BLOCK_N)
+    turn = blocks_before(work.start_n, start_m, shift, work.seqlen_k, mods, SPEC, BLOCK_N)
     add_dq(part, tile, turn, before, scratch, sums, BLOCK_M, BLOCK_D)
     # Read again: what it says of the keys would take registers all the while.
     keys = received_keys(rings.notes, work_count, call, SPEC)

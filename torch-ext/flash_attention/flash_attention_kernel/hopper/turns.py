@@ -1,19 +1,11 @@
-"""Sums in memory that the copy engine adds to in a fixed order, and so with the same bits."""
+"""Sums in memory that the copy engine adds to in a fixed order, and so with the same bits.
+
+What a program waits for was drawn before its own work, and is under way: see Schedule, and `load`
+in backward.py.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-from ..masks import kv_block_range
-
-
-@gluon.jit
-def turn_of(work, start_m, shift, mods, SPEC: gl.constexpr, BLOCK_N: gl.constexpr):
-    """How many blocks of keys add to the dQ of a block of queries before this one: all that come
-    before it, but for those to the left of the window. All of them have been drawn before."""
-    first = 0
-    if SPEC.left:
-        first, _, _, _ = kv_block_range(start_m, 1, shift, work.seqlen_k, mods, SPEC, BLOCK_N)
-    return (work.start_n - first) // BLOCK_N
 
 
 @gluon.jit
