@@ -307,7 +307,7 @@ def attend(
     turn = blocks_before(work.start_n, start_m, shift, work.seqlen_k, mods, SPEC, BLOCK_N)
     add_dq(part, tile, turn, before, scratch, sums, BLOCK_M, BLOCK_D)
     # Read again: what it says of the keys would take registers all the while.
-    keys = received_keys(rings.notes, work_count, call, SPEC)
+    keys = received_keys(rings.notes, work_count, call)
     place = rings.v.tiles.index(0)
     store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, SPEC, BLOCK_N, BLOCK_D)
     dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])

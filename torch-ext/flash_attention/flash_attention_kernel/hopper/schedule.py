@@ -185,15 +185,22 @@ def send_no_work(notes, count):
 
 
 @gluon.jit
-def received_work(notes, steps, count, call, SPEC: gl.constexpr):
-    """The work that is note number `count`, of so many steps; what is the same for all work is not
-    read, and takes no register."""
+def received_span(notes, count, call):
+    """-> k_first and seqlen_k of the work that is note number `count`."""
     lengths = call.k_lengths
     k_first = 0
     seqlen_k = lengths.rows
     if lengths.cu_seqlens is not None or lengths.leftpad is not None or lengths.used is not None:
         k_first = notes.field(count, 4)
         seqlen_k = notes.field(count, 6)
+    return k_first, seqlen_k
+
+
+@gluon.jit
+def received_work(notes, steps, count, call, SPEC: gl.constexpr):
+    """The work that is note number `count`, of so many steps; what is the same for all work is not
+    read, and takes no register."""
+    k_first, seqlen_k = received_span(notes, count, call)
     seqlen_q = call.q_lengths.rows
     if call.q_lengths.cu_seqlens is not None or call.q_lengths.used is not None:
         seqlen_q = notes.field(count, 5)
@@ -209,14 +216,9 @@ def received_work(notes, steps, count, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def received_keys(notes, count, call, SPEC: gl.constexpr):
+def received_keys(notes, count, call):
     """-> seq, head_k, start_n, k_first and seqlen_k of `received_work`."""
-    lengths = call.k_lengths
-    k_first = 0
-    seqlen_k = lengths.rows
-    if lengths.cu_seqlens is not None or lengths.leftpad is not None or lengths.used is not None:
-        k_first = notes.field(count, 4)
-        seqlen_k = notes.field(count, 6)
+    k_first, seqlen_k = received_span(notes, count, call)
     return (
         notes.field(count, 1), notes.field(count, 2), notes.field(count, 3), k_first, seqlen_k
     )  # fmt: skip
