@@ -95,7 +95,6 @@ def test_hopper(module, recorders, monkeypatch, name):
     """Descriptors, too."""
     launch = module("flash_attention_kernel.launch")
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(launch, "_captured", lambda device: True)  # new counters
     kernels = module("flash_attention_kernel.hopper_calls")
     names = ("hopper_forward", "prepare", "hopper_backward", "finish")
     for which in names:

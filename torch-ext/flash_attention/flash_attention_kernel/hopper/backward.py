@@ -3,10 +3,11 @@
 Persistent: a program draws BLOCK_N keys of a KV head at a time; a warp loads them, and block by
 block the Q and dO of every query head that sees them, and eight warps multiply. Sᵀ = KQᵀ and
 dPᵀ = VdOᵀ come from shared memory; Pᵀ stays in registers as left factor of dV += PᵀdO; dSᵀ goes to
-shared memory for dK += dSᵀQ and dQ = dS K, which the copy engine adds to a float32 dQ in memory.
+shared memory for dK += dSᵀQ and dQ = dS K, which another warp has the copy engine add to a float32
+dQ in memory (turns.py).
 
 Where dQ is to have the same bits every time, blocks of keys take turns to add to a block of it, and
-begin with the last queries, so that they follow one another (turns.py).
+begin with the last queries, so that they follow one another.
 
 The tensor cores are kept busy under the arithmetic: while a block's P is computed, its dP and the
 dK of the block before are under way, while its dS is, dV, and while dQ is handed to the copy
@@ -20,18 +21,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from ..common import LN2, at_head
-from ..masks import blocks_before, diagonal_shift, keep_mask
+from ..masks import diagonal_shift, keep_mask
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
-from .compat import async_add, async_store, reinterpreted
+from .compat import async_store, reinterpreted
 from .pipeline import (
     inner_product,
+    make_barriers,
     make_channel,
     make_notes,
     opaque_zero,
@@ -52,7 +55,7 @@ from .schedule import (
     send_no_work,
     value_of_note,
 )
-from .turns import await_turn, pass_turn
+from .turns import add
 
 
 class Rings(NamedTuple):
@@ -81,6 +84,8 @@ class Sums(NamedTuple):
 
     tiles: Any  # descriptor of the float32 sums, block after block
     turns: Any  # int32 of each block: how many have added to it; None: they add in any order
+    ready: Any  # the consumer has written Scratch.dq
+    free: Any  # and the copy engine has read it
 
 
 class Scratch(NamedTuple):
@@ -229,24 +234,19 @@ def grads_of_scores(
 
 
 @gluon.jit
-def add_dq(part, tile, turn, before, scratch, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Have the copy engine add a block's dQ to what other keys gave; in turn, and then the block
-    `before`, where there is one, is the next keys'."""
-    ROWS: gl.constexpr = sums.tiles.block_shape[0]
+def hand_on(part, count, scratch, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
+    """Leave block number `count` of dQ to `add`, which adds it to what other keys gave."""
     LAYOUT: gl.constexpr = dq_layout(BLOCK_M, BLOCK_D)
-    if sums.turns is not None:
-        pass_turn(sums.turns, before, 0)
-    tma.store_wait(0)  # it has read the block before
+    tma.store_wait(0)  # it has read dK, which lay there
+    mbarrier.wait(sums.free, (count & 1) ^ 1)
     reinterpreted(scratch.dq, gl.float32, [BLOCK_M, BLOCK_D], LAYOUT).store(part)
     fence_async_shared()
-    if sums.turns is not None:
-        await_turn(sums.turns + tile, turn)
-    async_add(sums.tiles, [tile * ROWS, 0], scratch.dq)
+    mbarrier.arrive(sums.ready, count=1)
 
 
 @gluon.jit
 def attend(
-    work, work_count, rings, scratch, call, grads, sums, group_size, tiles_q,
+    work, work_count, rings, scratch, call, grads, sums, group_size,
     SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
@@ -275,22 +275,18 @@ def attend(
         dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, scratch, mods, shift,
         exists, True, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    before = -1
     for last in range(count, count + work.steps - 1):
         k_tile = rings.k.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
         v_tile = rings.v.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
         ds = scratch.ds.index(opaque_zero())  # with plain 0s, 130 to 210 bytes are spilled
         part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
-        tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-        turn = blocks_before(work.start_n, start_m, shift, work.seqlen_k, mods, SPEC, BLOCK_N)
         start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
         q_tile = clean(rings.q, last + 1, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
         qk = over_dim(k_tile, q_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
         q_last = rings.q.tile(last, BLOCK_M, BLOCK_D)
         dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
         part = warpgroup_mma_wait(LATER, deps=[part])
-        add_dq(part, tile, turn, before, scratch, sums, BLOCK_M, BLOCK_D)
-        before = tile
+        hand_on(part, last, scratch, sums, BLOCK_M, BLOCK_D)
         qk = warpgroup_mma_wait(1, deps=[qk])
         dk_acc, dv_acc = grads_of_scores(
             dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, last + 1, work, rings, scratch, mods,
@@ -303,9 +299,7 @@ def attend(
     dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
     part = warpgroup_mma_wait(1, deps=[part])
     rings.k.release(kv_count)
-    tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-    turn = blocks_before(work.start_n, start_m, shift, work.seqlen_k, mods, SPEC, BLOCK_N)
-    add_dq(part, tile, turn, before, scratch, sums, BLOCK_M, BLOCK_D)
+    hand_on(part, last, scratch, sums, BLOCK_M, BLOCK_D)
     # Read again: what it says of the keys would take registers all the while.
     keys = received_keys(rings.notes, work_count, call)
     place = rings.v.tiles.index(0)
@@ -313,9 +307,7 @@ def attend(
     dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
     rings.q.release(last)
     STORES: gl.constexpr = 0 if grads.dv_tiles is None else 1  # of the copy engine, of each
-    if sums.turns is not None:
-        pass_turn(sums.turns, tile, STORES)
-    tma.store_wait(STORES)  # it has read dQ
+    mbarrier.wait(sums.free, last & 1)
     TIMES: gl.constexpr = 2 * BLOCK_M // BLOCK_N  # that dQ's block holds dK's
     SHAPE: gl.constexpr = [TIMES, 1, BLOCK_N, 1, BLOCK_D]
     dk_tiles = reinterpreted(scratch.dq, k_tile.dtype, SHAPE, rings.k.tiles.layout)
@@ -364,8 +356,8 @@ def store(out, values, keys, SPEC: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    rings, scratch, call, grads, sums, group_size, tiles_q, SPEC: gl.constexpr,
-    SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    rings, scratch, call, grads, sums, group_size, SPEC: gl.constexpr, SCRUB: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """The consumer."""
     work_count = 0
@@ -374,8 +366,8 @@ def multiply(
         work = received_work(rings.notes, steps, work_count, call, SPEC)
         if steps > 0:
             attend(
-                work, work_count, rings, scratch, call, grads, sums, group_size, tiles_q,
-                SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
+                work, work_count, rings, scratch, call, grads, sums, group_size, SPEC,
+                SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         elif work.start_n >= 0:
             ZEROS_LAYOUT: gl.constexpr = row_layout(BLOCK_D)
@@ -416,7 +408,7 @@ def hopper_backward_kernel(
         make_channel(k, 1, 1), make_channel(v, 1, 1), make_channel(q, Q_TILES, 1),
         make_channel(dout, STAGES, 1), stats_tiles,
         reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS),
-        make_notes(WORK_FIELDS, 1),
+        make_notes(WORK_FIELDS, 2),
     )  # fmt: skip
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], q.dtype)
     scratch = Scratch(
@@ -424,12 +416,13 @@ def hopper_backward_kernel(
         gl.allocate_shared_memory(gl.float32, sums.block_shape, sums.layout),
     )
     grads = Grads(dk, dv, dk_tiles, dv_tiles)
+    to = Sums(sums, turns, make_barriers(1, 1).index(0), make_barriers(1, 1).index(0))
     gl.warp_specialize(
         [
             (
                 multiply,
                 (
-                    rings, scratch, call, grads, Sums(sums, turns), group_size, tiles_q,
+                    rings, scratch, call, grads, to, group_size,
                     SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
                 ),
             ),
@@ -440,7 +433,8 @@ def hopper_backward_kernel(
                     SPEC, turns is not None, BLOCK_M, BLOCK_N,
                 ),
             ),
+            (add, (rings, scratch.dq, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N)),
         ],
-        [4],
-        [24],
+        [1, 1],
+        [24, 24],
     )  # fmt: skip
