@@ -114,9 +114,33 @@ LONG = [
 LONG_BY_NAME = {case.name: case for case in LONG}
 
 
+WIDE = [
+    Case("wide-192-128", 900, 1100, nheads=4, nheads_k=2, head_dim=192, head_dim_v=128),
+    Case("wide-192-128-causal", 700, 700, 2, 4, 4, 192, 128, causal=True),
+    Case("wide-160-96", 300, 700, nheads=4, nheads_k=4, head_dim=160, head_dim_v=96, causal=True),
+    Case("wide-192", 600, 700, nheads=4, nheads_k=1, head_dim=192, window=(300, 0)),
+    Case("wide-256", 600, 700, nheads=4, nheads_k=2, head_dim=256, causal=True),
+    Case("wide-128-256", 600, 700, nheads=4, nheads_k=2, head_dim=128, head_dim_v=256),
+    Case(
+        "wide-varlen", nheads=8, nheads_k=2, head_dim=192, head_dim_v=128, causal=True,
+        lens_q=(700, 1, 130, 0, 600, 64), lens_k=(700, 90, 130, 5, 900, 300),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
+@pytest.mark.parametrize("case", WIDE, ids=[case.name for case in WIDE])
+def test_wide_heads(kernel, launch, device, case, dtype):
+    """Several tiles and blocks of keys of head_dims above 128, forward: Q and K in two parts."""
+    inputs = make(case, dtype, device)
+    check(run(kernel, *inputs), *inputs, kernel=kernel)
+    assert "hopper" in launch.ran
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LONG, ids=[case.name for case in LONG])
-def test_many_tiles(kernel, launch, device, case):
+def test_many_tiles(kernel, module, launch, device, case):
     """Several tiles for each program, which draws them; the counters are zero again after."""
     inputs = make(case, torch.bfloat16, device)
     first = run(kernel, *inputs)
@@ -129,7 +153,7 @@ def test_many_tiles(kernel, launch, device, case):
         for got, want in zip(again[3:5], first[3:5]):  # dK and dV; dQ is summed in any order
             assert torch.equal(got, want)
     torch.cuda.synchronize()
-    assert all(not counters.any() for counters in launch._counters_of_stream.values())
+    assert not any(n.any() for n in module("flash_attention_kernel.counters")._of_stream.values())
 
 
 @pytest.mark.gpu

@@ -124,7 +124,8 @@ def _by_hopper(memo, problem, out, lse, others) -> bool:
     counters = zeros(device)
     try:
         call(
-            memo, "hopper", device, (*problem[:3], out, out), (lse, counters), lengths, others,
+            memo, "hopper", device, (*problem[:3], *problem[:2], out, out), (lse, counters),
+            lengths, others,
             lambda: _hopper_calls().forward_launch(problem, out, lse, counters),
         )  # fmt: skip
     except (TritonError, RuntimeError) as error:

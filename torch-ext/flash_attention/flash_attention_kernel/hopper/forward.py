@@ -12,19 +12,24 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ..common import LN2, at_head, row_at_head, row_operand
 from ..masks import diagonal_shift, keep_mask
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
-from .compat import async_store
-from .pipeline import inner_product, make_channel, make_notes, scrub
+from .epilogue import ROWS, Out, store, store_tile
+from .pipeline import (
+    inner_product,
+    make_channel,
+    make_notes,
+    make_tiles,
+    scrub,
+    spares_quarter,
+)
 from .schedule import (
     TILE_FIELDS,
     Call,
@@ -37,26 +42,26 @@ from .schedule import (
     value_of_note,
 )
 
-ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
-
 
 class Rings(NamedTuple):
     """What passes between the warps."""
 
     q: Any
     k: Any
+    q_more: Any  # columns of Q and K past BLOCK_D, by the barriers of q and k; or None
+    k_more: Any
     v: Any
     notes: Any
 
 
-class Out(NamedTuple):
-    """Where results go."""
+class Given(NamedTuple):
+    """Descriptors of what is loaded, as in Rings."""
 
-    out: Any  # Operand
-    tiles: Any  # its descriptor, or None: stored by rows
-    lse: Any
-    q_lengths: Any
-    nheads: Any
+    q: Any
+    k: Any
+    q_more: Any
+    k_more: Any
+    v: Any
 
 
 @gluon.constexpr_function
@@ -76,8 +81,18 @@ def place_of_keys(entry, row, seq, paging, SPEC: gl.constexpr):
 
 
 @gluon.jit
+def fill(channel, desc, more_desc, more, coords, count):
+    """Have a tile of Q or K copied, and its columns past BLOCK_D, if there are any."""
+    if more is None:
+        channel.fill(desc, coords, count)
+    else:
+        past = [coords[0], coords[1], coords[2], desc.block_type.shape[3]]
+        channel.fill_both(desc, coords, more_desc, past, more, count)
+
+
+@gluon.jit
 def load(
-    rings, call, q, k, v, paging, group_size,
+    rings, call, given, paging, group_size,
     SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The producer: draws tiles; of each loads Q, and keys and values from the last block down."""
@@ -105,13 +120,15 @@ def load(
             if i == tile.blocks - 1:  # now, as the answer takes 1 us
                 index = draw(call.schedule, True)
             place = place_of_keys(k_entry, row, tile.seq, paging, SPEC)
-            rings.k.fill(k, [place[0], place[1], head_k, 0], kv_count)
+            coords = [place[0], place[1], head_k, 0]
+            fill(rings.k, given.k, given.k_more, rings.k_more, coords, kv_count)
             if i == 0:
                 for part in gl.static_range(BLOCK_M // ROWS):
                     q_row = tile.q_first + tile.start_m + part * ROWS
-                    rings.q.fill(q, [q_entry, q_row, tile.head, 0], q_count)
+                    q_coords = [q_entry, q_row, tile.head, 0]
+                    fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
                     q_count += 1
-            rings.v.fill(v, [place[0], place[1], head_k, 0], kv_count)
+            rings.v.fill(given.v, coords, kv_count)
             row -= BLOCK_N
             kv_count += 1
         if tile.blocks <= 0:
@@ -149,12 +166,27 @@ def factor(weights, acc, DTYPE: gl.constexpr):
     return gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
 
 
+@gluon.constexpr_function
+def groups_of_products(split, HEAD_DIM, BLOCK_D):
+    """How many groups of products `products` has under way."""
+    return 2 if split or spares_quarter(HEAD_DIM, BLOCK_D) else 1
+
+
 @gluon.jit
-def products(q_tile, k_tile, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr):
-    """QKᵀ of two tiles [ROWS, BLOCK_D] and [BLOCK_N, BLOCK_D], under way."""
+def products(
+    q_count, k_count, rings, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
+):
+    """QKᵀ of two tiles, [ROWS, BLOCK_N], under way: one group of products, or two."""
     LAYOUT: gl.constexpr = product_layout(BLOCK_N)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
-    return inner_product(q_tile, k_tile, zeros, SPEC.head_dim, BLOCK_D)
+    q_tile, k_tile = rings.q.tile(q_count, ROWS, BLOCK_D), rings.k.tile(k_count, BLOCK_N, BLOCK_D)
+    qk = inner_product(q_tile, k_tile, zeros, SPEC.head_dim, BLOCK_D)
+    if rings.k_more is not None:
+        MORE: gl.constexpr = rings.k_more.shape[4]
+        q_tile = rings.q_more.index(q_count % rings.q.STAGES).reshape([ROWS, MORE])
+        k_tile = rings.k_more.index(k_count % rings.k.STAGES).reshape([BLOCK_N, MORE])
+        qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), qk, is_async=True)
+    return qk
 
 
 @gluon.jit
@@ -166,8 +198,7 @@ def first_products(
     if blocks > 0:
         rings.q.wait(q_count)
         rings.k.wait(k_count)
-    q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
-    return products(q_tile, rings.k.tile(k_count, BLOCK_N, BLOCK_D), SPEC, BLOCK_N, BLOCK_D)
+    return products(q_count, k_count, rings, SPEC, BLOCK_N, BLOCK_D)
 
 
 @gluon.jit
@@ -204,15 +235,15 @@ def weights_of(
 
 @gluon.jit
 def step(
-    acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+    acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
     SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Block i's softmax; then QKᵀ of the next and its PV."""
     acc, l_i, m_i, p = weights_of(
-        acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC, q_tile.dtype
+        acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC, rings.q.tiles.dtype
     )
-    k_tile = rings.k.receive(kv_count + i + 1, BLOCK_N, BLOCK_D)
-    qk = products(q_tile, k_tile, SPEC, BLOCK_N, BLOCK_D)
+    rings.k.wait(kv_count + i + 1)
+    qk = products(q_count, kv_count + i + 1, rings, SPEC, BLOCK_N, BLOCK_D)
     v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_DV)
     acc = warpgroup_mma(p, v_tile, acc, is_async=True)
     qk = warpgroup_mma_wait(1, deps=[qk])
@@ -239,7 +270,8 @@ def last_step(
     blocks = value_of_note(rings.notes, tile_count)
     next_k = kv_count + tile.blocks
     qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, SPEC, BLOCK_N, BLOCK_D)
-    acc = warpgroup_mma_wait(1, deps=[acc])
+    LATER: gl.constexpr = groups_of_products(rings.k_more is not None, SPEC.head_dim, BLOCK_D)
+    acc = warpgroup_mma_wait(LATER, deps=[acc])
     rings.v.release(kv_count + last)
     scale = exponent_scale(mods, SPEC)
     if out.tiles is None:
@@ -265,12 +297,11 @@ def attend(
     -> (first products of the next tile, its blocks)"""
     O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
     acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
-    q_tile = rings.q.tile(q_count, ROWS, BLOCK_D)
     if SCRUB:
         clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_DV)
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
-            acc, l_i, m_i, qk, q_tile, q_pos, tile, i, kv_count, rings, mods, head_mods,
+            acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
             SPEC, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
     if out.tiles is None:
@@ -279,45 +310,6 @@ def attend(
         acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, out, mods, head_mods,
         WHICH, SPEC, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
     )  # fmt: skip
-
-
-@gluon.jit
-def normalised(out, acc, l_i, m_i, q_pos, tile, scale):
-    """Write the tile's rows of lse, +inf where there was no key. -> acc over its rows' sums, 0
-    where there was none."""
-    empty = l_i == 0.0
-    inverse = 1.0 / gl.where(empty, 1.0, l_i)
-    natural = (m_i * scale + gl.log2(l_i)) * LN2
-    rows = row_operand(out.lse, out.nheads, out.q_lengths)
-    lse = row_at_head(rows, tile.seq, tile.head, tile.q_first)
-    gl.store(lse.ptr + q_pos, gl.where(empty, float("inf"), natural), mask=q_pos < tile.seqlen_q)
-    return acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
-
-
-@gluon.jit
-def store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH: gl.constexpr, SPEC: gl.constexpr):
-    """Write the tile's rows of out and lse that are this consumer's."""
-    acc = normalised(out, acc, l_i, m_i, q_pos, tile, scale)
-    to = at_head(out.out, tile.seq, tile.head, tile.q_first)
-    COLS: gl.constexpr = acc.shape[1]
-    # Whole rows, 16 bytes a thread: stored as the products lie, 4 bytes, a tile took 2 us longer.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
-    result = gl.convert_layout(acc.to(to.ptr.dtype.element_ty), LAYOUT)
-    rows = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = to.ptr + rows.to(gl.int64)[:, None] * to.seq + cols[None, :] * to.dim
-    keep = (rows < tile.seqlen_q)[:, None] & (cols < SPEC.head_dim_v)[None, :]
-    gl.store(ptrs, result, mask=keep)
-
-
-@gluon.jit
-def store_tile(out, q_tiles, acc, l_i, m_i, q_count, q_pos, tile, scale, WHICH: gl.constexpr):
-    """`store` by the copy engine, from where the tile's queries were."""
-    acc = normalised(out, acc, l_i, m_i, q_pos, tile, scale)
-    q_tiles.tile(q_count, acc.shape[0], acc.shape[1]).store(acc.to(q_tiles.tiles.dtype))
-    fence_async_shared()
-    place = q_tiles.tiles.index(q_count % q_tiles.STAGES)
-    async_store(out.tiles, [tile.seq, tile.start_m + WHICH * ROWS, tile.head, 0], place)
 
 
 @gluon.jit
@@ -363,16 +355,17 @@ def multiply(
 
 @gluon.jit(do_not_specialize=("rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total"))
 def hopper_forward_kernel(
-    q, k, v, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-    leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total, head_group,
-    paging, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
+    q, k, v, q_more, k_more, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q,
+    seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total,
+    head_group, paging, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
     Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
-    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, out an Operand,
-    out_tiles its descriptor where a tile has nothing but its sequence's rows, as many as Q's, and
-    two tiles of Q fit, or None; lse a pointer, counters Schedule's, paging a Paging."""
+    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, q_more and k_more of
+    the columns past these, or None, out an Operand, out_tiles its descriptor where a tile has
+    nothing but its sequence's rows, as many as Q's, and two tiles of Q fit, or None; lse a pointer,
+    counters Schedule's, paging a Paging."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
@@ -380,9 +373,15 @@ def hopper_forward_kernel(
     q_tiles = make_channel(q, Q_TILES * CONSUMERS, 1)  # a consumer's rows each
     k_tiles = make_channel(k, STAGES, CONSUMERS)
     v_tiles = make_channel(v, STAGES, CONSUMERS)
+    q_rest = None
+    k_rest = None
+    if k_more is not None:
+        q_rest = make_tiles(q_more, Q_TILES * CONSUMERS)
+        k_rest = make_tiles(k_more, STAGES)
     notes = make_notes(TILE_FIELDS, CONSUMERS)
-    rings = Rings(q_tiles, k_tiles, v_tiles, notes)
+    rings = Rings(q_tiles, k_tiles, q_rest, k_rest, v_tiles, notes)
     call = Call(q_lengths, k_lengths, mods, nheads, schedule)
+    given = Given(q, k, q_more, k_more, v)
     to = Out(out, out_tiles, lse, q_lengths, nheads)
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -395,7 +394,7 @@ def hopper_forward_kernel(
                     multiply,
                     (rings, call, to, 1, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
-                (load, (rings, call, q, k, v, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
+                (load, (rings, call, given, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4],
             [240, 24],
@@ -415,7 +414,7 @@ def hopper_forward_kernel(
                     multiply,
                     (rings, call, to, 2, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV),
                 ),
-                (load, (rings, call, q, k, v, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
+                (load, (rings, call, given, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
             [4, 4, 4],
             [160, 160, 24],

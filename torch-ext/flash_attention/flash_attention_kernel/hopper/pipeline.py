@@ -82,9 +82,15 @@ def make_barriers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def make_tiles(desc, STAGES: gl.constexpr):
+    """Room for STAGES blocks of `desc`."""
+    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+
+
+@gluon.jit
 def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """A ring for blocks of `desc`, read by CONSUMERS warp groups."""
-    tiles = gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_shape, desc.layout)
+    tiles = make_tiles(desc, STAGES)
     ready, free = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     return Channel(tiles, ready, free, STAGES, desc.block_type.nbytes)
 
