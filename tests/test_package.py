@@ -42,7 +42,7 @@ LAYERS = {
     "options": set(),
     "flash_attention_kernel/__init__": set(),
     "flash_attention_kernel/launch": {
-        "append_kv", "cache_calls", "calls", "config", "hopper_calls", "plans",
+        "append_kv", "cache_calls", "calls", "config", "counters", "hopper_calls", "plans",
     },
     "flash_attention_kernel/plans": {"calls", "tensor_maps"},
     "flash_attention_kernel/tensor_maps": set(),
@@ -55,10 +55,10 @@ LAYERS = {
         "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "turns",
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
-    "flash_attention_kernel/hopper/turns": set(),
+    "flash_attention_kernel/hopper/turns": {"compat", "masks", "schedule"},
+    "flash_attention_kernel/hopper/epilogue": {"common", "compat"},
     "flash_attention_kernel/hopper/forward": {
-        "compat",
-        "common", "masks", "pipeline", "schedule", "scores", "seqlen", "softmax",
+        "epilogue", "masks", "pipeline", "schedule", "scores", "seqlen", "softmax",
     },
     "flash_attention_kernel/calls": {
         "backward", "common", "config", "forward", "pages", "rotary", "score_tiles", "seqlen",
@@ -67,6 +67,7 @@ LAYERS = {
         "append_kv", "calls", "combine", "common", "config", "decode", "pages", "seqlen",
     },
     "flash_attention_kernel/config": set(),
+    "flash_attention_kernel/counters": set(),
     "flash_attention_kernel/common": set(),
     "flash_attention_kernel/seqlen": {"common"},
     "flash_attention_kernel/masks": {"common"},
@@ -159,10 +160,18 @@ def test_tables_are_complete(module):
     for key, tile in config.tables()["sm_90"].hopper.items():
         assert tile.block_m in ((64, 128) if "backward" in key else (128, 192)), key
         assert tile.block_n in (64, 128) and tile.stages >= 2 and tile.q_tiles >= 1, key
-    for head_dim, head_dim_v in ((8, 8), (64, 32), (96, 96), (192, 128), (256, 256)):
+    for head_dim, head_dim_v in ((8, 8), (64, 32), (96, 96), (192, 128), (192, 256), (256, 256)):
         assert config.choose_hopper(head_dim, head_dim_v, head_dim > 64, head_dim_v < 64)
     for mods in (False, True):
         assert config.choose_hopper_backward(80, mods) == config.choose_hopper_backward(128, mods)
+    rows = config.tables()["sm_90"].rows
+    for page_size, many, kind in (
+        (0, False, ""), (16, False, "/pages"), (256, False, ""),
+        (0, True, "/many"), (16, True, "/pages-many"), (256, True, "/many"),
+    ):  # fmt: skip
+        tile = config.choose_decode("sm_90", torch.half, 128, 128, 4, page_size, many)
+        assert tile == rows[f"decode/2/128/16{kind}"]
+    assert config.choose_decode("sm_90", torch.half, 64, 64, 4, 16, True) == rows["decode/2/64/16"]
     for arch in ("sm_75", "sm_87", "sm_103", "sm_121", "gfx90a", "gfx1100", "xpu"):
         assert config.choose("dkdv", arch, torch.half, 111, 80, True)
 

@@ -70,6 +70,7 @@ class Row(NamedTuple):
     varlen: bool
     options: str = "plain"  # a key of OPTIONS, or, for decode, of PAGES
     rows: int = 0  # decode: queries times heads of a group
+    many: bool = False  # decode: more programs than multiprocessors
 
 
 class Report(NamedTuple):
@@ -185,15 +186,18 @@ def launch_for(row: Row, tile=None):
 
 
 def decode_launch_for(row: Row, problem, tile):
-    """A part of a split-KV call."""
+    """A part of a split-KV call; where there are many programs, a call that is not split."""
     cache_calls = import_module(f"{package()}.flash_attention_kernel.cache_calls")
     if tile is None:
         config = import_module(f"{package()}.flash_attention_kernel.config")
         dims = (problem.q.shape[-1], problem.v.shape[-1])
-        tile = config.choose_decode(row.arch, problem.q.dtype, *dims, row.rows)
-    out = torch.empty((4, *problem.empty_out().shape), device="meta")
-    lse = torch.empty((4, *problem.empty_lse().shape), device="meta")
-    return cache_calls.decode_launch(problem, out, lse, cache_calls.Splits(4), tile)
+        page_size = PAGES.get(row.options, 0)
+        tile = config.choose_decode(row.arch, problem.q.dtype, *dims, row.rows, page_size, row.many)
+    out, lse = problem.empty_out(), problem.empty_lse()
+    splits = cache_calls.Splits(1 if row.many else 4)
+    if splits.num > 1:
+        out, lse = (torch.empty((splits.num, *t.shape), device="meta") for t in (out, lse))
+    return cache_calls.decode_launch(problem, out, lse, splits, tile)
 
 
 def hopper_launch_for(row: Row, problem, tile):
@@ -284,6 +288,8 @@ def rows(architectures, quick: bool):
             yield Row("sm_90", "hopper_ordered", dtype, dim, causal, varlen)
             for more in (96, 192, 256) if dim == 128 else ():
                 yield Row("sm_90", "hopper", dtype, more, causal, varlen)
+        for dtype, options in itertools.product(("fp16", "bf16"), ("plain", "page16")):
+            yield Row("sm_90", "decode", dtype, 128, True, False, options, 16, True)
     for arch, dim in itertools.product(architectures, DIMS):
         for kernel in ("forward", "dq", "dkdv"):
             for dtype, causal in itertools.product(DTYPES, (False, True)):
@@ -331,7 +337,7 @@ def main():
             print(
                 f"{row.arch:7} {row.kernel:8} {row.dtype} D {row.head_dim:3} "
                 f"{'causal' if row.causal else 'full  '} {'varlen' if row.varlen else 'dense '} "
-                f"{row.options:8} {row.rows or '':2} "
+                f"{row.options:8} {row.rows or '':2} {'many ' if row.many else ''}"
                 f"{report.registers:4} registers {report.spill_bytes:5} B spilled "
                 f"{report.shared:7} of {limit} B shared "
                 f"{'SERIALIZED ' if report.serialized else ''}"

@@ -64,9 +64,11 @@ def decode_tile(problem) -> TileConfig:
     rows = p.rows_per_kv_head()
     if rows is None or p.invariant() and p.cu_seqlens_q is not None:
         rows = DECODE_ROWS[-1]
-    dims = (p.q.shape[-1], p.v.shape[-1])
     page_size = p.k.shape[1] if p.block_table is not None else 0
-    return choose_decode(architecture(p.q.device), p.q.dtype, *dims, rows, page_size)
+    heads_k, device = p.k.shape[-2], p.q.device
+    many = counts_of(p)[2] * heads_k > multiprocessors(device) and not p.invariant()
+    dims = (p.q.shape[-1], p.v.shape[-1])
+    return choose_decode(architecture(device), p.q.dtype, *dims, rows, page_size, many)
 
 
 def splits_for(problem, tile: TileConfig) -> Splits:

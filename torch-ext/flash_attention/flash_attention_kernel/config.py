@@ -13,7 +13,9 @@ MAX_BLOCK_D = 512  # decode_kernel takes what a head_dim has beyond it apart
 TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the next row up
 KERNELS = ("forward", "dq", "dkdv", "tiles", "decode")  # tiles: those of score_tiles.py
 DECODE_ROWS = (16, 32, 64)  # decode_kernel's BLOCK_M: the fewest that hold a sequence's rows
-HOPPER_DIMS = (64, 128, 256)  # hopper/forward.py: a head_dim uses the next one up
+HOPPER_DIMS = (64, 128, 256)  # hopper/: a head_dim uses the next one up
+HOPPER_SPLIT = (128, 64)  # the columns of Q's and K's two tiles, in its forward, for 129 to 192
+DECODE_KINDS = ("pages", "many", "pages-many")  # what may have tiles of its own: see choose_decode
 SMALL_PAGE = 128  # pages whose rows are no multiple of it may have tiles of their own
 
 
@@ -44,7 +46,7 @@ class Table:
     architectures: tuple
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
-    spilling: frozenset  # keys for which no tile was found that does not spill
+    spilling: frozenset  # keys whose tile spills: others are slower, or spill too
     hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full', 'full-short', 'causal', ...
 
 
@@ -112,7 +114,9 @@ def row_key(kernel: str, itemsize: int, head_dim: int, kind: str) -> str:
 
 def all_keys(kinds=("full", "causal", "mods")):
     """Every key that a table must have, in order; with 'bias', 'dropout' and 'pages', may have."""
-    decode = [f"{rows}/pages" for rows in DECODE_ROWS] if "pages" in kinds else []
+    decode = []
+    if "pages" in kinds:
+        decode = [f"{rows}/{kind}" for rows in DECODE_ROWS for kind in DECODE_KINDS]
     keys = [
         row_key(kernel, itemsize, head_dim, kind)
         for kernel in KERNELS
@@ -152,14 +156,23 @@ def choose(
 
 @functools.lru_cache(maxsize=None)
 def choose_decode(
-    arch: str, dtype: torch.dtype, head_dim: int, head_dim_v: int, rows: int, page_size: int = 0
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    rows: int,
+    page_size: int = 0,
+    many: bool = False,
 ) -> TileConfig:
-    """decode_kernel's config for sequences of `rows` rows of queries and heads of a group."""
+    """decode_kernel's config for sequences of `rows` rows of queries and heads of a group. many:
+    more programs than multiprocessors, of which several may then share one."""
     block_m = next((n for n in DECODE_ROWS if rows <= n), DECODE_ROWS[-1])
     key = row_key("decode", dtype.itemsize, max(head_dim, head_dim_v), block_m)
+    kinds = ["pages"] * (page_size % SMALL_PAGE > 0) + ["many"] * many
     table = _rows(arch, dtype)
-    if page_size % SMALL_PAGE:
-        return table.get(f"{key}/pages") or table[key]
+    for kind in ("-".join(kinds), *kinds[:1]):
+        if f"{key}/{kind}" in table:
+            return table[f"{key}/{kind}"]
     return table[key]
 
 
@@ -168,11 +181,20 @@ def hopper_dim(head_dim: int) -> int:
     return next(dim for dim in HOPPER_DIMS if head_dim <= dim)
 
 
+def hopper_parts(head_dim: int) -> tuple:
+    """The columns of a tile of Q or K in hopper/forward.py, and of the one beside it, or 0."""
+    first, more = HOPPER_SPLIT
+    return HOPPER_SPLIT if first < head_dim <= first + more else (hopper_dim(head_dim), 0)
+
+
 @functools.lru_cache(maxsize=None)
 def choose_hopper(head_dim: int, head_dim_v: int, masked: bool, short: bool) -> HopperConfig:
     """hopper/forward.py's config. short: of sequences too short for tiles of 192 rows."""
     kind = "causal" if masked else "full-short" if short else "full"
-    return table_for("sm_90").hopper[f"{hopper_dim(max(head_dim, head_dim_v))}/{kind}"]
+    width = hopper_dim(max(head_dim, head_dim_v))
+    if hopper_parts(head_dim)[1]:
+        width = "192x128" if head_dim_v <= 128 else "192"
+    return table_for("sm_90").hopper[f"{width}/{kind}"]
 
 
 def choose_hopper_backward(head_dim: int, mods: bool) -> HopperConfig:
