@@ -179,7 +179,7 @@ def main():
     if args.mode == "memory" and device.type != "cuda":
         print("--mode memory needs a GPU: torch does not count CPU memory", file=sys.stderr)
         return 2
-    shapes = ANCHORS
+    shapes = tuple(shape._replace(dtype=args.dtype) for shape in ANCHORS)
     if args.preset is None:
         point = (args.batch_size, args.num_heads, args.seq_len, args.head_dim, args.causal)
         shapes = (Shape(*point, args.dtype),)

@@ -2,10 +2,13 @@
 
     python benchmarks/tune.py [--head-dims 64 128 256] [--kernels forward dq dkdv]
         [--kinds full causal bias dropout] --out tuned.json
+    python benchmarks/tune.py --kernels hopper --out tuned.json
 
 Candidates are compiled in parallel first (Triton's disk cache carries them over); those that do not
 fit or spill much are dropped, the rest measured at three sequence lengths and ranked by the
-geometric mean of their TFLOP/s. The best of each row that does not spill goes to --out.
+geometric mean of their TFLOP/s. The best of each row that does not spill goes to --out. hopper: the
+rows of hopper/'s forward and, full and causal together, of its backward without what surrounds it;
+there a candidate may spill, outside the loops.
 """
 
 import argparse
@@ -20,6 +23,7 @@ from statistics import geometric_mean
 
 import torch
 from peers import Shape, load_kernel, random_inputs
+from run import environment
 
 TOKENS, HIDDEN = 16384, 2048
 SHARE = {"forward": 1.0, "dq": 1.5, "dkdv": 2.0}  # of the forward's products that a kernel does
@@ -41,6 +45,22 @@ CANDIDATES = {  # kernel, head_dim -> (block_m, block_n, num_warps, num_stages)
     ("dkdv", 256): "32,64,8,2 32,64,8,1 16,64,8,2 32,32,4,2 32,32,8,2 16,64,4,2 32,128,8,1",
 }
 SPILL_BYTES = 128  # measured for comparison, never chosen
+HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
+    "64/full": "192,128,4,2 192,128,4,1 192,128,3,2 128,128,4,2",
+    "64/full-short": "128,128,4,2 128,128,3,2 128,128,4,1 192,128,4,2",
+    "64/causal": "128,128,4,2 128,128,3,2 192,128,4,2",
+    "128/full": "128,128,2,2 128,128,2,1 128,64,4,2 128,64,3,2",
+    "128/full-short": "128,128,2,2 128,128,2,1 128,64,4,2",
+    "128/causal": "128,128,2,2 128,128,2,1 128,64,4,2",
+    "256/full": "128,64,2,1 128,32,4,1 128,32,3,1",
+    "256/full-short": "128,64,2,1 128,32,4,1 128,32,3,1",
+    "256/causal": "128,64,2,1 128,32,4,1 128,32,3,1",
+    "64/backward": "128,128,2,3 128,128,2,2 64,128,3,4 64,128,2,4",
+    "64/backward-mods": "64,128,3,4 64,128,2,4 64,128,2,3 128,128,2,3",
+    "128/backward": "64,128,2,4 64,128,2,3 64,128,2,2",
+    "128/backward-mods": "64,128,2,4 64,128,2,3 64,128,2,2",
+}
+HOPPER_LENGTHS = {"full": (4096, 16384), "full-short": (1024,)}  # else all
 
 
 def modules():
@@ -69,6 +89,83 @@ def launch_for(kernel, tile, shape: Shape, kind):
     if kernel == "dq":
         return launch.calls.dq_launch(problem, dout, None, out, lse, dq, delta, tile=tile)
     return launch.calls.dkdv_launch(problem, dout, lse, delta, dk, dv, tile)
+
+
+def hopper_launch_for(row, tile, shape: Shape):
+    """A launch of hopper/'s forward or backward on random data; with options: a window."""
+    launch, problem_module, Options = modules()
+    q, k, v, dout = (t.detach() for t in random_inputs(shape, "cuda"))
+    window = (shape.seq_len // 4, 0) if row.endswith("mods") else (-1, -1)
+    options = Options(causal=shape.causal, window_size=window)
+    problem = problem_module.AttentionProblem.dense(q, k, v, options)
+    hopper = launch._hopper_calls()
+    tile, counters = hopper.HopperConfig(*tile), launch.zeros(q.device)
+    if "backward" not in row:
+        out, lse = problem.empty_out(), problem.empty_lse()
+        return hopper.forward_launch(problem, out, lse, counters, tile)
+    out, lse = launch.forward(problem)
+    stats, sums, _ = hopper.workspace(problem, hopper.backward_plan(problem, tile), False)
+    grads = problem.empty_grads()[1][1:]
+    launch.run(hopper.prepare_launch(problem, out, dout, lse, None, None, stats, sums, None, tile))
+    return hopper.backward_launch(problem, dout, stats, sums, *grads, counters, None, tile)
+
+
+def compile_hopper(job):
+    """`compile_one` of a hopper row."""
+    row, tile, dtype = job
+    dim = int(row.partition("/")[0])
+    try:
+        launch = hopper_launch_for(row, tile, Shape(1, 2, 256, dim, "full" not in row, dtype))
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        compiled._init_handles()
+        return 4 * compiled.n_spills
+    except Exception as error:
+        print(job, str(error).splitlines()[0][:60], flush=True)
+        return None
+
+
+def measure_hopper(row, tile, dtype):
+    """TFLOP/s at each sequence length; of a backward, full and causal."""
+    from triton.testing import do_bench
+
+    dim, kind = row.split("/")
+    share = 2.5 if "backward" in kind else 1.0
+    masks = (False, True) if kind == "backward" else ("full" not in kind,)
+    figures = []
+    for seq_len in HOPPER_LENGTHS.get(kind, (1024, 4096, 16384)):
+        for causal in masks:
+            shape = Shape(TOKENS // seq_len, HIDDEN // int(dim), seq_len, int(dim), causal, dtype)
+            launch = hopper_launch_for(row, tile, shape)
+            run = functools.partial(launch.kernel[launch.grid], *launch.args, **launch.options)
+            ms = do_bench(run, warmup=5, rep=20, return_mode="median")
+            figures.append(share * shape.flops() / ms / 1e9)
+    return figures
+
+
+def tune_hopper(args):
+    """Write the best tile of each row of HOPPER."""
+    about = environment(torch.device("cuda"))
+    jobs = [
+        (row, tuple(map(int, tile.split(","))), args.dtype)
+        for row, tiles in HOPPER.items()
+        if int(row.partition("/")[0]) in args.head_dims
+        for tile in tiles.split()
+    ]
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        spills = dict(zip(jobs, pool.map(compile_hopper, jobs, chunksize=1)))
+    best = {}
+    for job in jobs:
+        if spills[job] is None:
+            continue
+        row, tile, _ = job
+        figures = measure_hopper(*job)
+        mean = geometric_mean(figures)
+        text = " ".join(f"{figure:.0f}" for figure in figures)
+        print(f"{row} {tile} {mean:.1f} TFLOP/s ({text}) spills {spills[job]}", flush=True)
+        if mean > best.get(row, {"tflops": 0.0})["tflops"]:
+            best[row] = {"tile": list(tile), "tflops": round(mean, 1)}
+            best[row].update(triton=about["triton"], commit=about["commit"])
+            args.out.write_text(json.dumps(best, indent=1))
 
 
 def compile_one(job):
@@ -107,6 +204,9 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if "hopper" in args.kernels:
+        tune_hopper(args)
+        return 0
 
     jobs = [
         (kernel, tuple(map(int, tile.split(","))), dim, kind, args.dtype)
