@@ -91,15 +91,36 @@ def launch_for(kernel, tile, shape: Shape, kind):
     return launch.calls.dkdv_launch(problem, dout, lse, delta, dk, dv, tile)
 
 
+def spilled(job, build):
+    """Compile what `build` gives into the disk cache. -> bytes spilled, or None: it does not fit"""
+    try:
+        launch = build()
+        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        compiled._init_handles()
+        return 4 * compiled.n_spills
+    except Exception as error:  # whatever a compiler may throw; the candidate is out
+        print(job, str(error).splitlines()[0][:60], flush=True)
+        return None
+
+
+def tflops(launch, flops) -> float:
+    """TFLOP/s of a launch, by the median."""
+    from triton.testing import do_bench
+
+    run = functools.partial(launch.kernel[launch.grid], *launch.args, **launch.options)
+    return flops / do_bench(run, warmup=5, rep=20, return_mode="median") / 1e9
+
+
 def hopper_launch_for(row, tile, shape: Shape):
-    """A launch of hopper/'s forward or backward on random data; with options: a window."""
+    """A launch of hopper/'s forward or backward on random data; of a backward-mods row with a
+    window of a quarter of the keys, whose TFLOP/s count all of causal attention's."""
     launch, problem_module, Options = modules()
     q, k, v, dout = (t.detach() for t in random_inputs(shape, "cuda"))
     window = (shape.seq_len // 4, 0) if row.endswith("mods") else (-1, -1)
     options = Options(causal=shape.causal, window_size=window)
     problem = problem_module.AttentionProblem.dense(q, k, v, options)
     hopper = launch._hopper_calls()
-    tile, counters = hopper.HopperConfig(*tile), launch.zeros(q.device)
+    tile, counters = hopper.HopperConfig(*tile), launch._counters(q.device)
     if "backward" not in row:
         out, lse = problem.empty_out(), problem.empty_lse()
         return hopper.forward_launch(problem, out, lse, counters, tile)
@@ -113,21 +134,12 @@ def hopper_launch_for(row, tile, shape: Shape):
 def compile_hopper(job):
     """`compile_one` of a hopper row."""
     row, tile, dtype = job
-    dim = int(row.partition("/")[0])
-    try:
-        launch = hopper_launch_for(row, tile, Shape(1, 2, 256, dim, "full" not in row, dtype))
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-        compiled._init_handles()
-        return 4 * compiled.n_spills
-    except Exception as error:
-        print(job, str(error).splitlines()[0][:60], flush=True)
-        return None
+    shape = Shape(1, 2, 256, int(row.partition("/")[0]), "full" not in row, dtype)
+    return spilled(job, functools.partial(hopper_launch_for, row, tile, shape))
 
 
 def measure_hopper(row, tile, dtype):
     """TFLOP/s at each sequence length; of a backward, full and causal."""
-    from triton.testing import do_bench
-
     dim, kind = row.split("/")
     share = 2.5 if "backward" in kind else 1.0
     masks = (False, True) if kind == "backward" else ("full" not in kind,)
@@ -135,10 +147,7 @@ def measure_hopper(row, tile, dtype):
     for seq_len in HOPPER_LENGTHS.get(kind, (1024, 4096, 16384)):
         for causal in masks:
             shape = Shape(TOKENS // seq_len, HIDDEN // int(dim), seq_len, int(dim), causal, dtype)
-            launch = hopper_launch_for(row, tile, shape)
-            run = functools.partial(launch.kernel[launch.grid], *launch.args, **launch.options)
-            ms = do_bench(run, warmup=5, rep=20, return_mode="median")
-            figures.append(share * shape.flops() / ms / 1e9)
+            figures.append(tflops(hopper_launch_for(row, tile, shape), share * shape.flops()))
     return figures
 
 
@@ -171,27 +180,17 @@ def tune_hopper(args):
 def compile_one(job):
     """Compile a candidate into the disk cache. -> bytes spilled, or None: it does not fit"""
     kernel, tile, dim, kind, dtype = job
-    try:
-        launch = launch_for(kernel, tile, Shape(1, 2, 256, dim, kind != "full", dtype), kind)
-        compiled = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
-        compiled._init_handles()
-        return 4 * compiled.n_spills
-    except Exception as error:  # whatever a compiler may throw; the candidate is out
-        print(job, str(error).splitlines()[0][:60], flush=True)
-        return None
+    shape = Shape(1, 2, 256, dim, kind != "full", dtype)
+    return spilled(job, functools.partial(launch_for, kernel, tile, shape, kind))
 
 
 def measure(kernel, tile, dim, kind, dtype, seq_lens):
     """TFLOP/s at each sequence length."""
-    from triton.testing import do_bench
-
     figures = []
     for seq_len in seq_lens:
         shape = Shape(TOKENS // seq_len, HIDDEN // dim, seq_len, dim, kind != "full", dtype)
         launch = launch_for(kernel, tile, shape, kind)
-        run = functools.partial(launch.kernel[launch.grid], *launch.args, **launch.options)
-        ms = do_bench(run, warmup=5, rep=20, return_mode="median")
-        figures.append(SHARE[kernel] * shape.flops() / ms / 1e9)
+        figures.append(tflops(launch, SHARE[kernel] * shape.flops()))
     return figures
 
 

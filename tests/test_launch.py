@@ -95,6 +95,7 @@ def test_hopper(module, recorders, monkeypatch, name):
     """Descriptors, too."""
     launch = module("flash_attention_kernel.launch")
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(launch, "_captured", lambda device: True)  # new counters
     kernels = module("flash_attention_kernel.hopper_calls")
     names = ("hopper_forward", "prepare", "hopper_backward", "finish")
     for which in names:
@@ -140,3 +141,25 @@ def test_cache(kernel, module, recorders, monkeypatch, last):
         kernel.flash_attn_with_kvcache(cache.q, cache.k_cache, cache.v_cache, **cache.keywords)
         assert len(remembered.known) == 1
     hold(recorders, "decode_kernel", last.split(",")[0])
+
+
+@pytest.mark.parametrize("words", ({}, {"num_splits": 1}, {"batch_invariant": True}))
+@pytest.mark.parametrize("page", (0, 16))
+def test_tile_of_many_programs(module, monkeypatch, words, page):
+    """decode_kernel has another tile where there are more programs than multiprocessors, unless no
+    bit may depend on the batch."""
+    cache_calls = module("flash_attention_kernel.cache_calls")
+    monkeypatch.setattr(cache_calls, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(cache_calls, "multiprocessors", lambda device: 8)
+    make_problem = module("problem").AttentionProblem.kvcache
+    options = module("options").Options(**words)
+    tiles = []
+    for batch in (1, 8):
+        q = torch.zeros(batch, 1, 8, 128, dtype=torch.float16)
+        cache = torch.zeros(batch * 32 // (page or 32), page or 32, 2, 128, dtype=torch.float16)
+        table = None
+        if page:
+            table = torch.arange(cache.shape[0], dtype=torch.int32).view(batch, -1)
+        problem = make_problem(q, cache, cache, options, 32, block_table=table)
+        tiles.append(cache_calls.decode_tile(problem))
+    assert (tiles[0] == tiles[1]) == bool(words)

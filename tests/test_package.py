@@ -42,7 +42,7 @@ LAYERS = {
     "options": set(),
     "flash_attention_kernel/__init__": set(),
     "flash_attention_kernel/launch": {
-        "append_kv", "cache_calls", "calls", "config", "counters", "hopper_calls", "plans",
+        "append_kv", "cache_calls", "calls", "config", "hopper_calls", "plans",
     },
     "flash_attention_kernel/plans": {"calls", "tensor_maps"},
     "flash_attention_kernel/tensor_maps": set(),
@@ -67,7 +67,6 @@ LAYERS = {
         "append_kv", "calls", "combine", "common", "config", "decode", "pages", "seqlen",
     },
     "flash_attention_kernel/config": set(),
-    "flash_attention_kernel/counters": set(),
     "flash_attention_kernel/common": set(),
     "flash_attention_kernel/seqlen": {"common"},
     "flash_attention_kernel/masks": {"common"},

@@ -168,12 +168,12 @@ def choose_decode(
     more programs than multiprocessors, of which several may then share one."""
     block_m = next((n for n in DECODE_ROWS if rows <= n), DECODE_ROWS[-1])
     key = row_key("decode", dtype.itemsize, max(head_dim, head_dim_v), block_m)
-    kinds = ["pages"] * (page_size % SMALL_PAGE > 0) + ["many"] * many
+    kinds = ["many"] * many
+    if page_size % SMALL_PAGE:
+        kinds = ["pages-many"] * many + ["pages"]
     table = _rows(arch, dtype)
-    for kind in ("-".join(kinds), *kinds[:1]):
-        if f"{key}/{kind}" in table:
-            return table[f"{key}/{kind}"]
-    return table[key]
+    names = (*(f"{key}/{kind}" for kind in kinds), key)
+    return table[next(name for name in names if name in table)]
 
 
 def hopper_dim(head_dim: int) -> int:

@@ -12,11 +12,11 @@ from . import cache_calls, calls
 from .append_kv import OVERFLOW
 from .cache_calls import Splits
 from .config import TileConfig, architecture
-from .counters import captured, zeros
 from .plans import call, layout, memo_of, run, signature
 
 logger = logging.getLogger(__name__)
 
+_counters_of_stream = {}  # (device, stream) -> zeros
 _warned = set()
 
 
@@ -54,6 +54,23 @@ def _readable(problem):
     if q.stride(-1) <= 1 and k.stride(-1) <= 1 and v.stride(-1) <= 1:
         return problem
     return problem._replace(q=_by_rows(q), k=_by_rows(k), v=_by_rows(v))
+
+
+def _captured(device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _counters(device):
+    """[2] int32 zeros for a kernel that leaves zeros behind: those of the current stream, or, while
+    it is captured, new ones, as a graph may run beside other work of the stream."""
+    if _captured(device):
+        return torch.zeros(2, dtype=torch.int32, device=device)
+    key = (device.index, triton.runtime.driver.active.get_current_stream(device.index))
+    counters = _counters_of_stream.get(key)
+    if counters is None:
+        counters = _counters_of_stream[key] = torch.zeros(2, dtype=torch.int32, device=device)
+    return counters
 
 
 @_on_device
@@ -121,7 +138,7 @@ def _takes_hopper(memo, problem) -> bool:
 def _by_hopper(memo, problem, out, lse, others) -> bool:
     """Whether the kernel for sm_90 has been called; not where it does not compile."""
     device, lengths = problem.q.device, problem.lengths()
-    counters = zeros(device)
+    counters = _counters(device)
     try:
         call(
             memo, "hopper", device, (*problem[:3], *problem[:2], out, out), (lse, counters),
@@ -209,7 +226,7 @@ def append(
         (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
         (tuple(calls.paging_of(k_cache, block_table, batch_idx)),), build,
     )  # fmt: skip
-    if not captured(q.device) and OVERFLOW.value in seqused.tolist():
+    if not _captured(q.device) and OVERFLOW.value in seqused.tolist():
         where = "the cache" if block_table is None else "block_table"
         raise RuntimeError(
             f"{where} has no room for all of k and v after cache_seqlens; what has none was not "
@@ -236,7 +253,7 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool
     tile, parts = plan[:2]
     stats, sums, turns = hopper_calls.workspace(problem, plan, ordered)
     name = "hopper_ordered" if ordered else "hopper_backward"
-    counters, mods, lengths = zeros(device), calls.mods_of(problem), problem.lengths()
+    counters, mods, lengths = _counters(device), calls.mods_of(problem), problem.lengths()
     of_q = (problem.cu_seqlens_q, problem.seqused_q)
     to_dk, to_dv = dk, dv
     if parts > 1:

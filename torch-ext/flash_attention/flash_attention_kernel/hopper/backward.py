@@ -89,7 +89,7 @@ class Sums(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory of the consumer alone."""
+    """Shared memory of the consumer; what is in dq, `add` hands on."""
 
     ds: Any  # [1, BLOCK_N, BLOCK_M]: dSᵀ
     dq: Any  # float32, [BLOCK_M, BLOCK_D] in the order of `dq_layout`

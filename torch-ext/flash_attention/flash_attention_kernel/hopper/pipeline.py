@@ -97,7 +97,7 @@ def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 @gluon.constexpr_function
 def spares_quarter(HEAD_DIM, BLOCK_D):
-    """Whether the last quarter of a tile's columns is all 0, as with head_dim 96 and 192, and
+    """Whether the last quarter of a tile's columns is all 0, as with head_dim 96, and
     `inner_product` leaves it out."""
     return BLOCK_D > 64 and HEAD_DIM * 4 <= BLOCK_D * 3
 
