@@ -52,11 +52,11 @@ LAYERS = {
     "flash_attention_kernel/hopper/pipeline": {"compat"},
     "flash_attention_kernel/hopper/stats": {"common", "seqlen"},
     "flash_attention_kernel/hopper/backward": {
-        "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "turns",
+        "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
-    "flash_attention_kernel/hopper/turns": {"compat", "masks", "schedule"},
-    "flash_attention_kernel/hopper/epilogue": {"common", "compat"},
+    "flash_attention_kernel/hopper/sums": {"compat", "masks", "pipeline", "schedule"},
+    "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline"},
     "flash_attention_kernel/hopper/forward": {
         "epilogue", "masks", "pipeline", "schedule", "scores", "seqlen", "softmax",
     },

@@ -18,8 +18,8 @@ from .config import (
     multiprocessors,
 )
 from .hopper.backward import hopper_backward_kernel
-from .hopper.epilogue import ROWS
 from .hopper.forward import hopper_forward_kernel
+from .hopper.pipeline import ROWS
 from .hopper.stats import finish_kernel, prepare_kernel
 from .seqlen import Lengths, num_tiles
 
@@ -258,11 +258,11 @@ def backward_launch(
     schedule = backward_schedule(p, tile.block_n, parts, turns is not None)
     tiles_of_grads = (None, None)
     if not _scrubs(p) and dk.dtype == p.k.dtype and _is_aligned(dk) and _is_aligned(dv):
-        tiles_of_grads = tuple(_descriptor(t, tile.block_n, block_d) for t in (dk, dv))
-    flat, rows = [2 * tile.block_m], [tile.block_m * block_d // 256, 256]
+        tiles_of_grads = tuple(_descriptor(t, ROWS.value, block_d) for t in (dk, dv))
+    flat, rows = [2 * tile.block_m], [ROWS.value * ROWS.value // 256, 256]
     operands = (
-        _descriptor(p.q, tile.block_m, block_d), _descriptor(p.k, tile.block_n, block_d),
-        _descriptor(p.v, tile.block_n, block_d), _descriptor(dout, tile.block_m, block_d),
+        _descriptor(p.q, tile.block_m, block_d), _descriptor(p.k, ROWS.value, block_d),
+        _descriptor(p.v, ROWS.value, block_d), _descriptor(dout, tile.block_m, block_d),
         TensorDescriptor(sums, [sums.numel() // 256, 256], [256, 1], rows, FLAT_ROWS),
         TensorDescriptor(stats, [stats.numel()], [1], flat, _layout(stats.dtype, *flat)),
         operand(dk), operand(dv), *tiles_of_grads,
@@ -271,7 +271,7 @@ def backward_launch(
     counts = (*counts_of(p), nheads_k, nheads // nheads_k, parts, *schedule, tiles_q)
     options = {
         "SPEC": spec_of(p), "SCRUB": _scrubs(p), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles, "num_warps": 8,
+        "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles, "num_warps": 4,
         "enable_fp_fusion": True,
     }  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])

@@ -1,18 +1,17 @@
 """Attention backward for sm_90 in one pass of five products: FlashAttention-2, algorithm 2.
 
 Persistent: a program draws BLOCK_N keys of a KV head at a time; a warp loads them, and block by
-block the Q and dO of every query head that sees them, and eight warps multiply. Sᵀ = KQᵀ and
-dPᵀ = VdOᵀ come from shared memory; Pᵀ stays in registers as left factor of dV += PᵀdO; dSᵀ goes to
-shared memory for dK += dSᵀQ and dQ = dS K, which another warp has the copy engine add to a float32
-dQ in memory (turns.py).
+block the Q and dO of every query head that sees them. Two warp groups have ROWS of the keys each:
+Sᵀ = KQᵀ and dPᵀ = VdOᵀ come from shared memory; Pᵀ stays in registers as left factor of
+dV += PᵀdO; dSᵀ goes to shared memory for dK += dSᵀQ, and for dQ = dS K, which a third warp group
+multiplies (sums.py). The two wait for nothing but their tiles, so that the tensor cores work for
+one and for dQ while the other is at its arithmetic: 5 % faster than with all eight warps in step,
+a quarter of dQ's product each (geometric mean of the anchor points, H200).
 
-Where dQ is to have the same bits every time, blocks of keys take turns to add to a block of it, and
-begin with the last queries, so that they follow one another.
-
-The tensor cores are kept busy under the arithmetic: while a block's P is computed, its dP and the
-dK of the block before are under way, while its dS is, dV, and while dQ is handed to the copy
-engine, dK and the next block's S. Nothing but dK and dV, both complete, is carried round the loop:
-with a product in flight there ptxas waits for each.
+Shared memory is what keeps the tensor cores waiting now: its pipe is busy in 84 % of the cycles at
+head_dim 128, 72 % at 64. dP's product starts when P is in half precision, two to a register; both
+in float32 do not fit beside dK and dV. Nothing but these, complete, is carried round the loop: with
+a product in flight there ptxas waits for each.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -33,13 +31,16 @@ from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
 from .compat import async_store, reinterpreted
 from .pipeline import (
+    ROWS,
     inner_product,
-    make_barriers,
     make_channel,
     make_notes,
+    make_ring,
     opaque_zero,
+    packed,
+    product_layout,
     scrub,
-    spares_quarter,
+    unpacked,
 )
 from .schedule import (
     WORK_FIELDS,
@@ -55,11 +56,11 @@ from .schedule import (
     send_no_work,
     value_of_note,
 )
-from .turns import add
+from .sums import Sums, add, multiply_queries
 
 
 class Rings(NamedTuple):
-    """What passes between the warps."""
+    """What passes between the warps. k and v: ROWS keys each, of both consumers by turns."""
 
     k: Any
     v: Any
@@ -67,6 +68,7 @@ class Rings(NamedTuple):
     dout: Any
     stats: Any  # [STAGES, 2 * BLOCK_M]: of dout's rows lse in log2 units, then delta
     stats_rows: Any  # [2 * STAGES, BLOCK_M]: the same
+    ds: Any  # of either consumer: dSᵀ, [ROWS, BLOCK_M]
     notes: Any
 
 
@@ -77,39 +79,6 @@ class Grads(NamedTuple):
     dv: Any
     dk_tiles: Any
     dv_tiles: Any
-
-
-class Sums(NamedTuple):
-    """Where dQ is summed."""
-
-    tiles: Any  # descriptor of the float32 sums, block after block
-    turns: Any  # int32 of each block: how many have added to it; None: they add in any order
-    ready: Any  # the consumer has written Scratch.dq
-    free: Any  # and the copy engine has read it
-
-
-class Scratch(NamedTuple):
-    """Shared memory of the consumer; what is in dq, `add` hands on."""
-
-    ds: Any  # [1, BLOCK_N, BLOCK_M]: dSᵀ
-    dq: Any  # float32, [BLOCK_M, BLOCK_D] in the order of `dq_layout`
-
-
-@gluon.constexpr_function
-def layout_of(ROWS, COLS):
-    """Of a product [ROWS, COLS] of the eight warps: two groups, side by side if ROWS is 64."""
-    if ROWS == 64:
-        return gl.NVMMADistributedLayout([3, 0], [4, 2], [16, COLS // 2, 16])
-    return gl.NVMMADistributedLayout([3, 0], [8, 1], [16, COLS, 16])
-
-
-@gluon.constexpr_function
-def dq_layout(ROWS, COLS):
-    """Of dQ's block in shared memory and in `sums`: each thread's numbers by fours, so that a warp
-    writes 512 bytes in a row, and the copy engine adds all of them in a row; see finish_kernel."""
-    rows = [[1 << bit, 0] for bit in range(ROWS.bit_length() - 1)]
-    cols = [[0, 1 << bit] for bit in range(COLS.bit_length() - 1)]
-    return gl.SharedLinearLayout([cols[0], rows[3], *cols[1:3], *rows[:3], *rows[4:], *cols[3:]])
 
 
 @gluon.constexpr_function
@@ -146,13 +115,16 @@ def load(
         q_first, _ = partner_bounds(call.q_lengths, work.seq)
         head = work.head_k * group_size
         start_m = first_block(work, DOWN, BLOCK_M)
-        k_place = [k_entry, work.k_first + work.start_n, work.head_k // parts, 0]
+        k_row = work.k_first + work.start_n
+        head_k = work.head_k // parts
         for i in range(work.steps):
             if i == 0:
-                rings.k.fill(k, k_place, kv_count)
+                for which in gl.static_range(2):
+                    rings.k.fill(k, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
             rings.q.fill(q, [q_entry, q_first + start_m, head, 0], count)
             if i == 0:
-                rings.v.fill(v, k_place, kv_count)
+                for which in gl.static_range(2):
+                    rings.v.fill(v, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
             tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
             rings.dout.fill_both(
                 dout, [q_entry, q_first + start_m, head, 0],
@@ -160,52 +132,42 @@ def load(
             )  # fmt: skip
             count += 1
             start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
-        kv_count += gl.minimum(work.steps, 1)
+        kv_count += 2 * gl.minimum(work.steps, 1)
         index = draw(call.schedule, not DOWN)
     send_no_work(rings.notes, work_count)
     leave(call.schedule)
 
 
 @gluon.jit
-def clean(tiles, count, rows, SCRUB: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr):
+def clean(tiles, count, rows, SCRUB: gl.constexpr, HEIGHT: gl.constexpr, COLS: gl.constexpr):
     """Wait for a tile -> it; of which, if SCRUB, no more than `rows` rows are this sequence's."""
-    tile = tiles.receive(count, ROWS, COLS)
+    tile = tiles.receive(count, HEIGHT, COLS)
     if SCRUB:
-        if rows < ROWS:
-            scrub(tile, rows, ROWS, COLS)
+        if rows < HEIGHT:
+            scrub(tile, rows, HEIGHT, COLS)
     return tile
 
 
 @gluon.jit
-def product(left, right, ROWS: gl.constexpr, COLS: gl.constexpr):
-    """left @ right, under way: [ROWS, COLS]."""
-    LAYOUT: gl.constexpr = layout_of(ROWS, COLS)
+def over_dim(left, right, SPEC: gl.constexpr):
+    """left @ rightᵀ of two tiles with BLOCK_D columns, under way: [ROWS, rows of right]."""
+    COLS: gl.constexpr = right.shape[0]
+    LAYOUT: gl.constexpr = product_layout(COLS)
     zeros = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)
-    return warpgroup_mma(left, right, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def over_dim(
-    left, right, SPEC: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_D: gl.constexpr
-):
-    """left @ rightᵀ, two tiles with BLOCK_D columns, under way: [ROWS, COLS]."""
-    LAYOUT: gl.constexpr = layout_of(ROWS, COLS)
-    zeros = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)
-    return inner_product(left, right, zeros, SPEC.head_dim, BLOCK_D)
+    return inner_product(left, right, zeros, SPEC.head_dim, left.shape[1])
 
 
 @gluon.jit
 def grads_of_scores(
-    dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, scratch, mods, shift,
+    dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, ds_ring, mods, shift,
     exists, FIRST: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """A block's P from its products, its part of dV, and dS into scratch.ds; under way, the dK of
-    the block before, if there is one, ends. -> (dk_acc, dv_acc)"""
+    """A block's P from its products, its part of dV, and dS into the ring; under way, the dK of the
+    block before, if there is one, ends. -> (dk_acc, dv_acc)"""
     COL: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, dv_acc.type.layout, 2)
     dout_tile = clean(rings.dout, count, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-    dp = over_dim(v_tile, dout_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
     head_mods = mods_at_head(mods, work.seq, head, exists, shift, SPEC)
     rows = k_pos[:, None]
     cols = (start_m + gl.arange(0, BLOCK_M, layout=COL))[None, :]
@@ -217,102 +179,86 @@ def grads_of_scores(
         masked = masked | (start_m >= work.full_end)
     if masked:
         p = gl.where(keep_mask(cols, rows, shift, work.seqlen_k, mods, SPEC, True), p, 0.0)
-    rings.dout.wait(count)  # a branch: ptxas moves the next wait above P otherwise
+    p = packed(p, dout_tile.dtype)  # 16 registers less than in float32, at the fullest
+    rings.dout.wait(count)  # a branch: ptxas moves what follows above P otherwise
+    dp = over_dim(v_tile, dout_tile, SPEC)
     dp, dk_acc = warpgroup_mma_wait(0, deps=[dp, dk_acc])
     if not FIRST:
         rings.q.release(count - 1)
     delta = rings.stats_rows.index(2 * slot + 1).load(COL)
-    weights = gl.convert_layout(p.to(dout_tile.dtype), FACTOR)
+    weights = gl.convert_layout(p, FACTOR)
     dv_acc = warpgroup_mma(weights, dout_tile, dv_acc, is_async=True)
-    ds = product_grad(score_grad(p, dp, delta[None, :]), qk, mods, SPEC)
-    scratch.ds.index(0).store(ds.to(dout_tile.dtype))
-    fence_async_shared()
-    rings.dout.wait(count)  # a branch again: without it ptxas (12.8, 12.9) crashes
+    ds = product_grad(score_grad(unpacked(p), dp, delta[None, :]), qk, mods, SPEC)
+    if FIRST:
+        tma.store_wait(0)  # it has read dK, which lay there
+    ds_ring.claim(count)
+    ds_ring.tile(count, ROWS, BLOCK_M).store(ds.to(dout_tile.dtype))
+    ds_ring.announce(count)
     dv_acc = warpgroup_mma_wait(0, deps=[dv_acc])
     rings.dout.release(count)
     return dk_acc, dv_acc
 
 
 @gluon.jit
-def hand_on(part, count, scratch, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
-    """Leave block number `count` of dQ to `add`, which adds it to what other keys gave."""
-    LAYOUT: gl.constexpr = dq_layout(BLOCK_M, BLOCK_D)
-    tma.store_wait(0)  # it has read dK, which lay there
-    mbarrier.wait(sums.free, (count & 1) ^ 1)
-    reinterpreted(scratch.dq, gl.float32, [BLOCK_M, BLOCK_D], LAYOUT).store(part)
-    fence_async_shared()
-    mbarrier.arrive(sums.ready, count=1)
-
-
-@gluon.jit
 def attend(
-    work, work_count, rings, scratch, call, grads, sums, group_size,
-    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    work, work_count, rings, ds_ring, call, grads, group_size, DOWN: gl.constexpr,
+    WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """All the queries that see the keys of `work`, of which there are some. Writes dK and dV, which
-    are laid by rows in tiles that are free by then."""
-    S_LAYOUT: gl.constexpr = layout_of(BLOCK_N, BLOCK_M)
-    ACC_LAYOUT: gl.constexpr = layout_of(BLOCK_N, BLOCK_D)
-    DOWN: gl.constexpr = sums.turns is not None
-    LATER: gl.constexpr = 3 if spares_quarter(SPEC.head_dim, BLOCK_D) else 2  # than dQ: S and dK
+    """All the queries that see this consumer's keys of `work`, of which there are some. Writes dK
+    and dV, which are laid by rows in tiles that are free by then."""
+    ACC_LAYOUT: gl.constexpr = product_layout(BLOCK_D)
     mods = call.mods
     count = work.count
-    kv_count = work.kv_count
+    kv_count = work.kv_count + WHICH
+    start_n = work.start_n + WHICH * ROWS
     exists = work.seq < call.q_lengths.batch
     shift = diagonal_shift(work.seqlen_q, work.seqlen_k, SPEC)
-    dk_acc = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ACC_LAYOUT)
-    dv_acc = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ACC_LAYOUT)
-    k_pos = work.start_n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, S_LAYOUT))
+    dk_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, ACC_LAYOUT)
+    dv_acc = gl.zeros([ROWS, BLOCK_D], gl.float32, ACC_LAYOUT)
+    k_pos = start_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, product_layout(BLOCK_M)))
     start_m = first_block(work, DOWN, BLOCK_M)
     head = work.head_k * group_size
-    k_tile = clean(rings.k, kv_count, work.seqlen_k - work.start_n, SCRUB, BLOCK_N, BLOCK_D)
+    k_tile = clean(rings.k, kv_count, work.seqlen_k - start_n, SCRUB, ROWS, BLOCK_D)
     q_tile = clean(rings.q, count, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-    qk = over_dim(k_tile, q_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
-    v_tile = clean(rings.v, kv_count, work.seqlen_k - work.start_n, SCRUB, BLOCK_N, BLOCK_D)
+    qk = over_dim(k_tile, q_tile, SPEC)
+    v_tile = clean(rings.v, kv_count, work.seqlen_k - start_n, SCRUB, ROWS, BLOCK_D)
     qk = warpgroup_mma_wait(0, deps=[qk])
     dk_acc, dv_acc = grads_of_scores(
-        dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, scratch, mods, shift,
-        exists, True, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
+        dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, ds_ring, mods, shift,
+        exists, True, SPEC, SCRUB, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     for last in range(count, count + work.steps - 1):
-        k_tile = rings.k.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
-        v_tile = rings.v.tiles.index(opaque_zero()).reshape([BLOCK_N, BLOCK_D])
-        ds = scratch.ds.index(opaque_zero())  # with plain 0s, 130 to 210 bytes are spilled
-        part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
+        # with plain WHICHs, LLVM computes the descriptors before the loop, and ptxas spills
+        k_tile = rings.k.tiles.index(opaque_zero() + WHICH).reshape([ROWS, BLOCK_D])
+        v_tile = rings.v.tiles.index(opaque_zero() + WHICH).reshape([ROWS, BLOCK_D])
         start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
         q_tile = clean(rings.q, last + 1, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-        qk = over_dim(k_tile, q_tile, SPEC, BLOCK_N, BLOCK_M, BLOCK_D)
-        q_last = rings.q.tile(last, BLOCK_M, BLOCK_D)
+        qk = over_dim(k_tile, q_tile, SPEC)
+        ds, q_last = ds_ring.tile(last, ROWS, BLOCK_M), rings.q.tile(last, BLOCK_M, BLOCK_D)
         dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
-        part = warpgroup_mma_wait(LATER, deps=[part])
-        hand_on(part, last, scratch, sums, BLOCK_M, BLOCK_D)
         qk = warpgroup_mma_wait(1, deps=[qk])
         dk_acc, dv_acc = grads_of_scores(
-            dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, last + 1, work, rings, scratch, mods,
-            shift, exists, False, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
+            dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, last + 1, work, rings, ds_ring, mods,
+            shift, exists, False, SPEC, SCRUB, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    last = count + work.steps - 1
-    ds = scratch.ds.index(0)
-    part = product(ds.permute((1, 0)), k_tile, BLOCK_M, BLOCK_D)
-    q_last = rings.q.tile(last, BLOCK_M, BLOCK_D)
-    dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
-    part = warpgroup_mma_wait(1, deps=[part])
     rings.k.release(kv_count)
-    hand_on(part, last, scratch, sums, BLOCK_M, BLOCK_D)
+    last = count + work.steps - 1
+    ds, q_last = ds_ring.tile(last, ROWS, BLOCK_M), rings.q.tile(last, BLOCK_M, BLOCK_D)
+    dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
     # Read again: what it says of the keys would take registers all the while.
     keys = received_keys(rings.notes, work_count, call)
-    place = rings.v.tiles.index(0)
-    store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, SPEC, BLOCK_N, BLOCK_D)
+    place = rings.v.tiles.index(WHICH)
+    store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, WHICH, SPEC)
     dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
     rings.q.release(last)
-    STORES: gl.constexpr = 0 if grads.dv_tiles is None else 1  # of the copy engine, of each
-    mbarrier.wait(sums.free, last & 1)
-    TIMES: gl.constexpr = 2 * BLOCK_M // BLOCK_N  # that dQ's block holds dK's
-    SHAPE: gl.constexpr = [TIMES, 1, BLOCK_N, 1, BLOCK_D]
-    dk_tiles = reinterpreted(scratch.dq, k_tile.dtype, SHAPE, rings.k.tiles.layout)
+    ds_ring.claim(last + ds_ring.STAGES)  # and so, as dQ goes by order, all of the ring
+    TIMES: gl.constexpr = 2 * BLOCK_M // BLOCK_D  # that the ring holds dK
+    SHAPE: gl.constexpr = [TIMES, 1, ROWS, 1, BLOCK_D]
+    dk_tiles = reinterpreted(ds_ring.tiles, k_tile.dtype, SHAPE, rings.k.tiles.layout)
     dk_acc *= mods.scale_log2 * LN2
-    store_grad(grads.dk, grads.dk_tiles, dk_tiles.index(0), dk_acc, keys, SPEC, BLOCK_N, BLOCK_D)
+    store_grad(grads.dk, grads.dk_tiles, dk_tiles.index(0), dk_acc, keys, WHICH, SPEC)
+    STORES: gl.constexpr = 0 if grads.dv_tiles is None else 1  # of the copy engine, of each
     tma.store_wait(STORES)  # it has read dV
     rings.v.release(kv_count)
 
@@ -320,34 +266,32 @@ def attend(
 @gluon.constexpr_function
 def row_layout(COLS):
     """Whole rows, 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [8, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
-def store_grad(
-    out, tiles, tile, values, keys, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
-):
-    """Write a gradient's rows of these keys: float32, a part of it, as the products lie; else by
-    way of `tile`, and from there by the copy engine, or by `store` where `tiles` is None."""
+def store_grad(out, tiles, tile, values, keys, WHICH: gl.constexpr, SPEC: gl.constexpr):
+    """Write a gradient's rows of this consumer's keys: float32, a part of it, as the products lie;
+    else by way of `tile`, and from there by the copy engine, or, if `tiles` is None, by `store`."""
     if out.ptr.dtype.element_ty == gl.float32:
-        store(out, values, keys, SPEC)
+        store(out, values, keys, WHICH, SPEC)
         return
-    rows = tile.reshape([BLOCK_N, BLOCK_D])
+    rows = tile.reshape(values.shape)
     rows.store(values.to(tile.dtype))
     if tiles is None:
-        store(out, rows.load(row_layout(BLOCK_D)), keys, SPEC)
+        store(out, rows.load(row_layout(values.shape[1])), keys, WHICH, SPEC)
     fence_async_shared()
     if tiles is not None:
-        async_store(tiles, [keys[0], keys[2], keys[1], 0], tile)
+        async_store(tiles, [keys[0], keys[2] + WHICH * ROWS, keys[1], 0], tile)
 
 
 @gluon.jit
-def store(out, values, keys, SPEC: gl.constexpr):
-    """Write a gradient's rows of these keys."""
+def store(out, values, keys, WHICH: gl.constexpr, SPEC: gl.constexpr):
+    """Write a gradient's rows of this consumer's keys."""
     seq, head_k, start_n, k_first, seqlen_k = keys
     LAYOUT: gl.constexpr = values.type.layout
     out = at_head(out, seq, head_k, k_first)
-    rows = start_n + gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    rows = start_n + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     ptrs = out.ptr + rows.to(gl.int64)[:, None] * out.seq + cols[None, :] * out.dim
     mask = (rows < seqlen_k)[:, None] & (cols < SPEC.head_dim)[None, :]
@@ -356,25 +300,26 @@ def store(out, values, keys, SPEC: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    rings, scratch, call, grads, sums, group_size, SPEC: gl.constexpr, SCRUB: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    rings, call, grads, group_size, DOWN: gl.constexpr, WHICH: gl.constexpr, SPEC: gl.constexpr,
+    SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """The consumer."""
+    """Consumer number WHICH: keys WHICH * ROWS and on of every work."""
+    ds_ring = rings.ds[WHICH]
     work_count = 0
     steps = value_of_note(rings.notes, work_count)
     while steps >= 0:
         work = received_work(rings.notes, steps, work_count, call, SPEC)
         if steps > 0:
             attend(
-                work, work_count, rings, scratch, call, grads, sums, group_size, SPEC,
-                SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
+                work, work_count, rings, ds_ring, call, grads, group_size, DOWN, WHICH, SPEC,
+                SCRUB, BLOCK_M, BLOCK_D,
             )  # fmt: skip
         elif work.start_n >= 0:
             ZEROS_LAYOUT: gl.constexpr = row_layout(BLOCK_D)
-            zeros = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, ZEROS_LAYOUT)
+            zeros = gl.zeros([ROWS, BLOCK_D], gl.float32, ZEROS_LAYOUT)
             keys = (work.seq, work.head_k, work.start_n, work.k_first, work.seqlen_k)
-            store(grads.dk, zeros, keys, SPEC)
-            store(grads.dv, zeros, keys, SPEC)
+            store(grads.dk, zeros, keys, WHICH, SPEC)
+            store(grads.dv, zeros, keys, WHICH, SPEC)
         rings.notes.release(work_count)
         work_count += 1
         steps = value_of_note(rings.notes, work_count)
@@ -394,47 +339,49 @@ def hopper_backward_kernel(
     STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v and dout are descriptors of [batch, seqlen, heads,
-    head_dim] (packed: batch 1), stats and sums (float32, dQ over the softmax scale) of what
-    prepare_kernel wrote, dk and dv Operands, dk_tiles and dv_tiles their descriptors where a tile
-    has nothing but its sequence's rows, or None; counters Schedule's. nheads_k: of dk and dv,
-    `parts` for each of K's, with group_size of Q's each. turns: see Sums."""
+    head_dim] (packed: batch 1), k and v of blocks of ROWS rows, two of which are BLOCK_N; stats and
+    sums (float32, dQ over the softmax scale) of what prepare_kernel wrote, dk and dv Operands,
+    dk_tiles and dv_tiles their descriptors where a tile has nothing but its sequence's rows, or
+    None; counters Schedule's. nheads_k: of dk and dv, `parts` for each of K's, with group_size of
+    Q's each. turns: see Sums."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
     call = Call(q_lengths, k_lengths, mods, nheads_k, schedule)
     STATS: gl.constexpr = stats_layout(BLOCK_M)
     stats_tiles = gl.allocate_shared_memory(stats.dtype, [STAGES] + stats.block_shape, stats.layout)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     rings = Rings(
-        make_channel(k, 1, 1), make_channel(v, 1, 1), make_channel(q, Q_TILES, 1),
-        make_channel(dout, STAGES, 1), stats_tiles,
+        make_channel(k, 2, 2), make_channel(v, 2, 1), make_channel(q, Q_TILES, 2),
+        make_channel(dout, STAGES, 2), stats_tiles,
         reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS),
-        make_notes(WORK_FIELDS, 2),
+        (make_ring(q.dtype, ROWS, BLOCK_M, DS), make_ring(q.dtype, ROWS, BLOCK_M, DS)),
+        make_notes(WORK_FIELDS, 4),
     )  # fmt: skip
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], q.dtype)
-    scratch = Scratch(
-        gl.allocate_shared_memory(q.dtype, [1, BLOCK_N, BLOCK_M], DS),
-        gl.allocate_shared_memory(gl.float32, sums.block_shape, sums.layout),
-    )
     grads = Grads(dk, dv, dk_tiles, dv_tiles)
-    to = Sums(sums, turns, make_barriers(1, 1).index(0), make_barriers(1, 1).index(0))
+    FLAT: gl.constexpr = sums.layout
+    to = Sums(sums, turns, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))
+    DOWN: gl.constexpr = turns is not None
     gl.warp_specialize(
         [
             (
                 multiply,
-                (
-                    rings, scratch, call, grads, to, group_size,
-                    SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D,
-                ),
+                (rings, call, grads, group_size, DOWN, 0, SPEC, SCRUB, BLOCK_M, BLOCK_D),
             ),
+            (
+                multiply,
+                (rings, call, grads, group_size, DOWN, 1, SPEC, SCRUB, BLOCK_M, BLOCK_D),
+            ),
+            (multiply_queries, (rings, to, BLOCK_M, BLOCK_D)),
             (
                 load,
                 (
                     rings, call, q, k, v, dout, stats, group_size, parts, tiles_q,
-                    SPEC, turns is not None, BLOCK_M, BLOCK_N,
+                    SPEC, DOWN, BLOCK_M, BLOCK_N,
                 ),
             ),
-            (add, (rings, scratch.dq, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N)),
+            (add, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N, BLOCK_D)),
         ],
-        [1, 1],
-        [24, 24],
+        [4, 4, 1, 1],
+        [208, 72, 24, 24],
     )  # fmt: skip

@@ -8,8 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from ..common import LN2, at_head, row_at_head, row_operand
 from .compat import async_store
-
-ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
+from .pipeline import ROWS
 
 
 class Out(NamedTuple):

@@ -21,12 +21,14 @@ from ..masks import diagonal_shift, keep_mask
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
-from .epilogue import ROWS, Out, store, store_tile
+from .epilogue import Out, store, store_tile
 from .pipeline import (
+    ROWS,
     inner_product,
     make_channel,
     make_notes,
     make_tiles,
+    product_layout,
     scrub,
     spares_quarter,
 )
@@ -62,12 +64,6 @@ class Given(NamedTuple):
     q_more: Any
     k_more: Any
     v: Any
-
-
-@gluon.constexpr_function
-def product_layout(COLS):
-    """Of a product [ROWS, COLS] of one warp group."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
 
 
 @gluon.jit

@@ -11,6 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .compat import aggregate, async_load
 
+ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
+
 
 @aggregate
 class Channel:
@@ -34,8 +36,8 @@ class Channel:
     @gluon.jit
     def fill(self, desc, coords, count):
         """Copy the block of `desc` at `coords` into the ring, as tile number `count`."""
+        self.claim(count)
         slot = count % self.STAGES
-        mbarrier.wait(self.free.index(slot), (count // self.STAGES & 1) ^ 1)
         barrier = self.ready.index(slot)
         mbarrier.expect(barrier, self.BYTES)
         async_load(desc, coords, barrier, self.tiles.index(slot))
@@ -43,12 +45,23 @@ class Channel:
     @gluon.jit
     def fill_both(self, desc, coords, more_desc, more_coords, more, count):
         """`fill`, and of the ring `more`, which has no barriers of its own, from more_desc."""
+        self.claim(count)
         slot = count % self.STAGES
-        mbarrier.wait(self.free.index(slot), (count // self.STAGES & 1) ^ 1)
         barrier = self.ready.index(slot)
         mbarrier.expect(barrier, self.BYTES + more_desc.block_type.nbytes)
         async_load(desc, coords, barrier, self.tiles.index(slot))
         async_load(more_desc, more_coords, barrier, more.index(slot))
+
+    @gluon.jit
+    def claim(self, count):
+        """Wait until tile number `count`, which the caller writes itself, may be."""
+        mbarrier.wait(self.free.index(count % self.STAGES), (count // self.STAGES & 1) ^ 1)
+
+    @gluon.jit
+    def announce(self, count):
+        """Tile number `count` is written."""
+        fence_async_shared()
+        mbarrier.arrive(self.ready.index(count % self.STAGES), count=1)
 
     @gluon.jit
     def wait(self, count):
@@ -56,15 +69,15 @@ class Channel:
         mbarrier.wait(self.ready.index(count % self.STAGES), count // self.STAGES & 1)
 
     @gluon.jit
-    def tile(self, count, ROWS: gl.constexpr, COLS: gl.constexpr):
-        """Tile number `count`, [ROWS, COLS] in shared memory, for which `wait` has waited."""
-        return self.tiles.index(count % self.STAGES).reshape([ROWS, COLS])
+    def tile(self, count, HEIGHT: gl.constexpr, COLS: gl.constexpr):
+        """Tile number `count`, [HEIGHT, COLS] in shared memory, for which `wait` has waited."""
+        return self.tiles.index(count % self.STAGES).reshape([HEIGHT, COLS])
 
     @gluon.jit
-    def receive(self, count, ROWS: gl.constexpr, COLS: gl.constexpr):
+    def receive(self, count, HEIGHT: gl.constexpr, COLS: gl.constexpr):
         """Wait for tile number `count` -> it."""
         self.wait(count)
-        return self.tile(count, ROWS, COLS)
+        return self.tile(count, HEIGHT, COLS)
 
     @gluon.jit
     def release(self, count):
@@ -93,6 +106,19 @@ def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     tiles = make_tiles(desc, STAGES)
     ready, free = make_barriers(STAGES, 1), make_barriers(STAGES, CONSUMERS)
     return Channel(tiles, ready, free, STAGES, desc.block_type.nbytes)
+
+
+@gluon.jit
+def make_ring(DTYPE: gl.constexpr, HEIGHT: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+    """A ring of two tiles [HEIGHT, COLS] that warps write, for one reader."""
+    tiles = gl.allocate_shared_memory(DTYPE, [2, HEIGHT, COLS], LAYOUT)
+    return Channel(tiles, make_barriers(2, 1), make_barriers(2, 1), 2, 0)
+
+
+@gluon.constexpr_function
+def product_layout(COLS):
+    """Of a product [ROWS, COLS] of one warp group."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
 
 
 @gluon.constexpr_function
@@ -126,12 +152,42 @@ def opaque_zero():
 
 
 @gluon.jit
-def scrub(tile, rows, ROWS: gl.constexpr, COLS: gl.constexpr):
+def packed(values, DTYPE: gl.constexpr):
+    """values as DTYPE, two to a register, which the compiler would undo, as `unpacked` is given."""
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.bfloat16, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.float16, is_pure=True,
+            pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
+def unpacked(values):
+    """What `packed` gave, in float32."""
+    if values.dtype == gl.bfloat16:
+        CODE: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    else:
+        CODE: gl.constexpr = (
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; "
+            "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
+        )
+    return gl.inline_asm_elementwise(
+        CODE, "=r,=r,r", [values], dtype=gl.float32, is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def scrub(tile, rows, HEIGHT: gl.constexpr, COLS: gl.constexpr):
     """Zero the rows of a tile from `rows` on, which belong to another sequence: 0 * NaN is NaN."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     STEP: gl.constexpr = 4 * gl.num_warps()
     offs = gl.arange(0, STEP, layout=gl.SliceLayout(1, LAYOUT))
-    for first in gl.static_range(0, ROWS, STEP):
+    for first in gl.static_range(0, HEIGHT, STEP):
         if first + STEP > rows:
             part = tile.slice(first, STEP)
             values = part.load(LAYOUT)

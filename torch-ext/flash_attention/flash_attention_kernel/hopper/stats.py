@@ -65,9 +65,9 @@ def prepare_kernel(
 
 @triton.jit
 def in_rows(flat, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS] from the order of dq_layout, hopper/backward.py."""
-    tile = tl.reshape(flat, [COLS // 8, ROWS // 16, 8, 4, 2, 2])
-    return tl.reshape(tl.permute(tile, (1, 4, 2, 0, 3, 5)), [ROWS, COLS])
+    """[ROWS, COLS] from pieces of 64 x 64, each in the order of piece_layout, hopper/sums.py."""
+    tile = tl.reshape(flat, [ROWS // 64, COLS // 8, 4, 8, 4, 2, 2])
+    return tl.reshape(tl.permute(tile, (0, 2, 5, 3, 1, 4, 6)), [ROWS, COLS])
 
 
 @triton.jit(do_not_specialize=("rows", "batch", "num_tiles"))
