@@ -55,8 +55,9 @@ def test_served_gradients(kernel, launch, device, case):
     ALiBi's slopes, and nothing."""
     inputs = q, k, _, _, _, _ = make(case, torch.bfloat16, device)
     run(kernel, *inputs)
-    one_dim = case.head_dim_v in (None, case.head_dim) and case.head_dim <= 128
-    there = one_dim and not case.alibi
+    one_dim = case.head_dim_v in (None, case.head_dim)
+    wide = max(case.head_dim, case.head_dim_v or 0) > 128
+    there = (one_dim or wide) and not case.alibi
     wanted = there and q.numel() > 0 and k.numel() > 0
     assert ("hopper_backward" in launch.ran) == wanted
 
@@ -120,6 +121,7 @@ WIDE = [
     Case("wide-160-96", 300, 700, nheads=4, nheads_k=4, head_dim=160, head_dim_v=96, causal=True),
     Case("wide-192", 600, 700, nheads=4, nheads_k=1, head_dim=192, window=(300, 0)),
     Case("wide-256", 600, 700, nheads=4, nheads_k=2, head_dim=256, causal=True),
+    Case("wide-256-softcap", 600, 600, nheads=4, nheads_k=2, head_dim=256, softcap=15.0),
     Case("wide-128-256", 600, 700, nheads=4, nheads_k=2, head_dim=128, head_dim_v=256),
     Case(
         "wide-varlen", nheads=8, nheads_k=2, head_dim=192, head_dim_v=128, causal=True,
@@ -132,10 +134,27 @@ WIDE = [
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
 @pytest.mark.parametrize("case", WIDE, ids=[case.name for case in WIDE])
 def test_wide_heads(kernel, launch, device, case, dtype):
-    """Several tiles and blocks of keys of head_dims above 128, forward: Q and K in two parts."""
+    """Several tiles and blocks of keys of head_dims above 128. Forward: Q and K in two parts. dK
+    and dV are the same every time."""
     inputs = make(case, dtype, device)
-    check(run(kernel, *inputs), *inputs, kernel=kernel)
-    assert "hopper" in launch.ran
+    first = run(kernel, *inputs)
+    check(first, *inputs, kernel=kernel)
+    assert launch.ran == {"hopper", "prepare_hopper_backward", "hopper_backward", "finish"}
+    for got, want in zip(run(kernel, *inputs)[3:5], first[3:5]):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", WIDE[-3:], ids=[case.name for case in WIDE[-3:]])
+def test_deterministic_wide_heads(kernel, launch, device, case):
+    """dQ of wide heads in the same order every time is the portable kernel's."""
+    *inputs, plain = make(case, torch.bfloat16, device)
+    options = {**plain, "deterministic": True}
+    first = run(kernel, *inputs, options)
+    check(first, *inputs, plain, kernel=kernel)
+    assert launch.ran == {"hopper", "dq", "dkdv"}
+    for got, want in zip(run(kernel, *inputs, options), first):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.gpu

@@ -61,10 +61,10 @@ def num_tiles(problem, block_m):
 
 
 @pytest.mark.parametrize("name", ("full", "varlen-gqa", "used-causal"))
-@pytest.mark.parametrize("head_dim", (64, 128))
-def test_around_the_hopper_backward(module, name, head_dim):
+@pytest.mark.parametrize("head_dim, head_dim_v", ((64, 64), (128, 128), (192, 128)))
+def test_around_the_hopper_backward(module, name, head_dim, head_dim_v):
     """The rows' stats in the order in which its threads read them; dQ from that of its sums."""
-    case = BY_NAME[name]._replace(head_dim=head_dim)
+    case = BY_NAME[name]._replace(head_dim=head_dim, head_dim_v=head_dim_v)
     launch, plans, hopper_calls = (
         module(f"flash_attention_kernel.{name}") for name in ("launch", "plans", "hopper_calls")
     )
@@ -78,12 +78,13 @@ def test_around_the_hopper_backward(module, name, head_dim):
     prepare = (out, dout, lse, None, delta, stats, sums, turns, tile)
     plans.run(hopper_calls.prepare_launch(problem, *prepare))
 
-    stats, sums = stats.view(-1, 2, block_m), sums.view(-1, block_m * head_dim)
+    block_d = 64 * (plan.sums // (plan.blocks * block_m * 64))
+    stats, sums = stats.view(-1, 2, block_m), sums.view(-1, block_m * block_d)
     places = [16 * i + 8 * h + 2 * t + e for i in range(block_m // 16) for t in range(4)
               for h in (0, 1) for e in (0, 1)]  # fmt: skip
-    flat = [(16 * i + 8 * h + r, 8 * j + 2 * t + e)
-            for j in range(head_dim // 8) for i in range(block_m // 16) for r in range(8)
-            for t in range(4) for h in (0, 1) for e in (0, 1)]  # fmt: skip
+    flat = [(64 * piece + 16 * i + 8 * h + r, 8 * j + 2 * t + e)
+            for piece in range(block_m // 64) for j in range(block_d // 8) for i in range(4)
+            for r in range(8) for t in range(4) for h in (0, 1) for e in (0, 1)]  # fmt: skip
     flat = tuple(torch.tensor(flat).T)
     want_dq = torch.zeros_like(q)
     for head, at, block in blocks_of(case, problem, block_m):
@@ -99,9 +100,9 @@ def test_around_the_hopper_backward(module, name, head_dim):
         assert (got[0, number:] == float("inf")).all() and not got[1, number:].any()
         torch.testing.assert_close(delta[(*rows[:-2], head, rows[-2])], got[1, :number])
         assert not sums[block].any()
-        values = torch.randn(block_m, head_dim)
+        values = torch.randn(block_m, block_d)
         sums[block] = values[flat]
-        want_dq[rows] = (values[:number] * problem.softmax_scale).to(q.dtype)
+        want_dq[rows] = (values[:number, :head_dim] * problem.softmax_scale).to(q.dtype)
     dq = torch.zeros_like(q)
     plans.run(hopper_calls.finish_launch(problem, sums.view(-1), dq, tile))
     torch.testing.assert_close(dq, want_dq)

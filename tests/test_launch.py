@@ -90,18 +90,21 @@ def test_forward_and_backward(module, recorders, name):
     hold(recorders, "forward_kernel", "dq_kernel", "dkdv_kernel")
 
 
+@pytest.mark.parametrize(
+    "head_dim, backward", ((128, "hopper_backward"), (192, "hopper_wide_backward"))
+)
 @pytest.mark.parametrize("name", ("causal", "varlen-gqa", "sink", "window", "used-causal"))
-def test_hopper(module, recorders, monkeypatch, name):
+def test_hopper(module, recorders, monkeypatch, name, head_dim, backward):
     """Descriptors, too."""
     launch = module("flash_attention_kernel.launch")
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(launch, "_captured", lambda device: True)  # new counters
     kernels = module("flash_attention_kernel.hopper_calls")
-    names = ("hopper_forward", "prepare", "hopper_backward", "finish")
+    names = ("hopper_forward", "prepare", backward, "finish")
     for which in names:
         recorders[which] = Recorder()
         monkeypatch.setattr(kernels, f"{which}_kernel", recorders[which])
-    case = BY_NAME[name]._replace(head_dim=128)
+    case = BY_NAME[name]._replace(head_dim=head_dim, head_dim_v=128)
     for seed in range(2):
         q, k, v, dout, _, options = make(case, torch.float16, "cpu", seed)
         problem = problem_of(module, case, q, k, v, options)

@@ -276,6 +276,7 @@ def rows(architectures, quick: bool):
                     yield Row(arch, "hopper", "bf16", dim, True, varlen)
                     yield Row(arch, "hopper_backward", "bf16", dim, True, varlen)
                 yield Row(arch, "hopper_ordered", "bf16", 64, False, False)
+                yield Row(arch, "hopper_backward", "bf16", 256, True, True, "both")
         return
     if "sm_90" in architectures:
         for dim, dtype, causal, varlen in itertools.product(
@@ -288,6 +289,7 @@ def rows(architectures, quick: bool):
             yield Row("sm_90", "hopper_ordered", dtype, dim, causal, varlen)
             for more in (96, 192, 256) if dim == 128 else ():
                 yield Row("sm_90", "hopper", dtype, more, causal, varlen)
+                yield Row("sm_90", "hopper_backward", dtype, more, causal, varlen)
         for dtype, options in itertools.product(("fp16", "bf16"), ("plain", "page16")):
             yield Row("sm_90", "decode", dtype, 128, True, False, options, 16, True)
     for arch, dim in itertools.product(architectures, DIMS):

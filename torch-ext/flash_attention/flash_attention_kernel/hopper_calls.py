@@ -21,6 +21,7 @@ from .hopper.backward import hopper_backward_kernel
 from .hopper.forward import hopper_forward_kernel
 from .hopper.pipeline import ROWS
 from .hopper.stats import finish_kernel, prepare_kernel
+from .hopper.wide import hopper_wide_backward_kernel
 from .seqlen import Lengths, num_tiles
 
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -167,10 +168,17 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
     )  # fmt: skip
 
 
-def serves_backward(problem, dout) -> bool:
-    """Of the calls that `serves` accepts, those of one head_dim to 128."""
-    head_dim = problem.q.shape[-1]
-    return head_dim == problem.v.shape[-1] and head_dim <= 128 and _is_aligned(dout)
+def serves_backward(problem, dout, ordered) -> bool:
+    """Of the calls that `serves` accepts, those of one head_dim to 128, and of wider heads those
+    whose dQ may be added in any order."""
+    head_dim, head_dim_v = problem.q.shape[-1], problem.v.shape[-1]
+    served = not ordered if _is_wide(problem) else head_dim == head_dim_v
+    return served and _is_aligned(dout)
+
+
+def _is_wide(problem) -> bool:
+    """Whether the backward is hopper/wide.py's."""
+    return max(problem.q.shape[-1], problem.v.shape[-1]) > 128
 
 
 def tiles_of_rows(problem, block_m) -> int:
@@ -194,7 +202,7 @@ def backward_plan(problem, tile: Optional[HopperConfig] = None) -> BackwardPlan:
     p, head_dim = problem, problem.q.shape[-1]
     windowed = p.window_left >= 0 or p.window_right >= 0
     mods = windowed or p.softcap > 0.0 or p.alibi_slopes is not None
-    tile = tile or choose_hopper_backward(head_dim, mods)
+    tile = tile or choose_hopper_backward(max(head_dim, p.v.shape[-1]), mods)
     blocks = tiles_of_rows(p, tile.block_m) * p.q.shape[-2]
     rows = blocks * tile.block_m
     parts = parts_of_group(p, tile)
@@ -211,20 +219,19 @@ def workspace(problem, plan: BackwardPlan, ordered: bool) -> tuple:
 def partial_grads(problem, parts) -> tuple:
     """-> (dk, dv), float32, of `parts` for each KV head: uninitialised, or 0 where no program may
     write."""
-    k = problem.k
-    shape = (*k.shape[:-2], parts * k.shape[-2], k.shape[-1])
     written = problem.seqused_k is None and problem.leftpad_k is None
-    new = k.new_empty if written else k.new_zeros
-    return tuple(new(shape, dtype=torch.float32) for _ in range(2))
+    new = torch.empty if written else torch.zeros
+    shapes = ((*t.shape[:-2], parts * t.shape[-2], t.shape[-1]) for t in (problem.k, problem.v))
+    return tuple(new(s, dtype=torch.float32, device=problem.k.device) for s in shapes)
 
 
-def _rows_launch(problem, kernel, operands, pointers, others, tile: HopperConfig) -> Launch:
-    """A call over the blocks of query rows of every head."""
+def _rows_launch(problem, kernel, operands, pointers, others, tile, dim, **more) -> Launch:
+    """A call over the blocks of query rows, with so many columns, of every head."""
     p = problem
     rows_q, _, batch = counts_of(p)
     tiles = tiles_of_rows(p, tile.block_m)
     options = {
-        "BLOCK_M": tile.block_m, "BLOCK_D": hopper_dim(p.q.shape[-1]), "DIM": p.q.shape[-1],
+        "BLOCK_M": tile.block_m, "BLOCK_D": hopper_dim(dim), "DIM": dim, **more,
         "num_warps": 4, "enable_fp_fusion": True,
     }  # fmt: skip
     return Launch(
@@ -236,14 +243,16 @@ def _rows_launch(problem, kernel, operands, pointers, others, tile: HopperConfig
 def prepare_launch(problem, out, dout, lse, dlse, delta, stats, sums, turns, tile) -> Launch:
     """The call that fills `stats`, and `delta` unless it is None, and zeros `sums`, and `turns`
     unless they are None."""
-    pointers = (lse, dlse, delta, stats, sums, turns)
-    return _rows_launch(problem, prepare_kernel, (out, dout), pointers, (), tile)
+    pointers, rows = (lse, dlse, delta, stats, sums, turns), (out, dout)
+    sums_d = hopper_dim(problem.q.shape[-1])
+    dim_v = problem.v.shape[-1]
+    return _rows_launch(problem, prepare_kernel, rows, pointers, (), tile, dim_v, SUMS_D=sums_d)
 
 
 def finish_launch(problem, sums, dq, tile) -> Launch:
     """The call that fills `dq`."""
     scale = (mods_of(problem).scale_log2,)
-    return _rows_launch(problem, finish_kernel, (dq,), (sums,), scale, tile)
+    return _rows_launch(problem, finish_kernel, (dq,), (sums,), scale, tile, problem.q.shape[-1])
 
 
 def backward_launch(
@@ -251,19 +260,20 @@ def backward_launch(
 ) -> Launch:
     """The call that adds dQ, over the scale, to `sums`, in the order of the keys unless `turns` is
     None, and fills dk and dv, which have one or several heads for each of K's."""
-    p = problem
-    block_d = hopper_dim(p.q.shape[-1])
+    p, wide = problem, _is_wide(problem)
+    block_d, block_dv = hopper_dim(p.q.shape[-1]), hopper_dim(p.v.shape[-1])
     nheads, nheads_k = p.q.shape[-2], dk.shape[-2]
     parts = nheads_k // p.k.shape[-2]
     schedule = backward_schedule(p, tile.block_n, parts, turns is not None)
     tiles_of_grads = (None, None)
-    if not _scrubs(p) and dk.dtype == p.k.dtype and _is_aligned(dk) and _is_aligned(dv):
+    if not (wide or _scrubs(p)) and dk.dtype == p.k.dtype and all(map(_is_aligned, (dk, dv))):
         tiles_of_grads = tuple(_descriptor(t, ROWS.value, block_d) for t in (dk, dv))
-    flat, rows = [2 * tile.block_m], [ROWS.value * ROWS.value // 256, 256]
+    flat, piece = [2 * tile.block_m], [ROWS.value * ROWS.value // 256, 256]
+    sums_tiles = TensorDescriptor(sums, [sums.numel() // 256, 256], [256, 1], piece, FLAT_ROWS)
     operands = (
         _descriptor(p.q, tile.block_m, block_d), _descriptor(p.k, ROWS.value, block_d),
-        _descriptor(p.v, ROWS.value, block_d), _descriptor(dout, tile.block_m, block_d),
-        TensorDescriptor(sums, [sums.numel() // 256, 256], [256, 1], rows, FLAT_ROWS),
+        _descriptor(p.v, ROWS.value, block_dv), _descriptor(dout, tile.block_m, block_dv),
+        (sums,) if wide else sums_tiles,
         TensorDescriptor(stats, [stats.numel()], [1], flat, _layout(stats.dtype, *flat)),
         operand(dk), operand(dv), *tiles_of_grads,
     )  # fmt: skip
@@ -271,11 +281,11 @@ def backward_launch(
     counts = (*counts_of(p), nheads_k, nheads // nheads_k, parts, *schedule, tiles_q)
     options = {
         "SPEC": spec_of(p), "SCRUB": _scrubs(p), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles, "num_warps": 4,
-        "enable_fp_fusion": True,
+        "BLOCK_D": block_d, **({"BLOCK_DV": block_dv} if wide else {}), "STAGES": tile.stages,
+        "Q_TILES": tile.q_tiles, "num_warps": 4, "enable_fp_fusion": True,
     }  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])
+    kernel = hopper_wide_backward_kernel if wide else hopper_backward_kernel
     return Launch(
-        hopper_backward_kernel, programs, operands, (counters, turns), p.lengths(), counts,
-        (mods_of(p),), options,
-    )  # fmt: skip
+        kernel, programs, operands, (counters, turns), p.lengths(), counts, (mods_of(p),), options
+    )

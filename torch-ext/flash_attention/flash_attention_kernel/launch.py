@@ -235,12 +235,13 @@ def append(
     return seqused, q.new_empty(0) if q_out is q else q_out
 
 
-def _takes_hopper_backward(memo, problem, dout) -> bool:
+def _takes_hopper_backward(memo, problem, dout, ordered) -> bool:
     """Whether the kernels for sm_90 serve this problem's gradients."""
-    if "takes_hopper_backward" not in memo:
+    key = "takes_hopper_backward", ordered
+    if key not in memo:
         takes = _takes_hopper(memo, problem)
-        memo["takes_hopper_backward"] = takes and _hopper_calls().serves_backward(problem, dout)
-    return memo["takes_hopper_backward"] and memo["takes_hopper"]
+        memo[key] = takes and _hopper_calls().serves_backward(problem, dout, ordered)
+    return memo[key] and memo["takes_hopper"]
 
 
 def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool:
@@ -332,7 +333,7 @@ def backward(
         dq_tile is not None
         or want_bias
         or want_slopes
-        or not _takes_hopper_backward(memo, problem, dout)
+        or not _takes_hopper_backward(memo, problem, dout, ordered)
         or not _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv)
     ):
         delta = new(lse) if delta is None else delta

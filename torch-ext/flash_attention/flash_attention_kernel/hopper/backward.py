@@ -119,11 +119,11 @@ def load(
         head_k = work.head_k // parts
         for i in range(work.steps):
             if i == 0:
-                for which in gl.static_range(2):
+                for which in gl.static_range(BLOCK_N // ROWS):
                     rings.k.fill(k, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
             rings.q.fill(q, [q_entry, q_first + start_m, head, 0], count)
             if i == 0:
-                for which in gl.static_range(2):
+                for which in gl.static_range(BLOCK_N // ROWS):
                     rings.v.fill(v, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
             tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
             rings.dout.fill_both(
@@ -132,7 +132,7 @@ def load(
             )  # fmt: skip
             count += 1
             start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
-        kv_count += 2 * gl.minimum(work.steps, 1)
+        kv_count += BLOCK_N // ROWS * gl.minimum(work.steps, 1)
         index = draw(call.schedule, not DOWN)
     send_no_work(rings.notes, work_count)
     leave(call.schedule)
@@ -149,12 +149,12 @@ def clean(tiles, count, rows, SCRUB: gl.constexpr, HEIGHT: gl.constexpr, COLS: g
 
 
 @gluon.jit
-def over_dim(left, right, SPEC: gl.constexpr):
-    """left @ rightᵀ of two tiles with BLOCK_D columns, under way: [ROWS, rows of right]."""
+def over_dim(left, right, HEAD_DIM: gl.constexpr):
+    """left @ rightᵀ of two tiles of HEAD_DIM columns, padded, under way: [ROWS, rows of right]."""
     COLS: gl.constexpr = right.shape[0]
     LAYOUT: gl.constexpr = product_layout(COLS)
     zeros = gl.zeros([ROWS, COLS], gl.float32, LAYOUT)
-    return inner_product(left, right, zeros, SPEC.head_dim, left.shape[1])
+    return inner_product(left, right, zeros, HEAD_DIM, left.shape[1])
 
 
 @gluon.jit
@@ -179,16 +179,18 @@ def grads_of_scores(
         masked = masked | (start_m >= work.full_end)
     if masked:
         p = gl.where(keep_mask(cols, rows, shift, work.seqlen_k, mods, SPEC, True), p, 0.0)
-    p = packed(p, dout_tile.dtype)  # 16 registers less than in float32, at the fullest
+    # In float32 it would take 16 registers more, at the fullest.
+    weights = packed(p, dout_tile.dtype)
+    slopes = packed(product_grad(p, qk, mods, SPEC), dout_tile.dtype) if SPEC.softcap else weights
     rings.dout.wait(count)  # a branch: ptxas moves what follows above P otherwise
-    dp = over_dim(v_tile, dout_tile, SPEC)
+    dp = over_dim(v_tile, dout_tile, SPEC.head_dim)
     dp, dk_acc = warpgroup_mma_wait(0, deps=[dp, dk_acc])
     if not FIRST:
         rings.q.release(count - 1)
     delta = rings.stats_rows.index(2 * slot + 1).load(COL)
-    weights = gl.convert_layout(p, FACTOR)
-    dv_acc = warpgroup_mma(weights, dout_tile, dv_acc, is_async=True)
-    ds = product_grad(score_grad(unpacked(p), dp, delta[None, :]), qk, mods, SPEC)
+    factor = gl.convert_layout(weights, FACTOR)
+    dv_acc = warpgroup_mma(factor, dout_tile, dv_acc, is_async=True)
+    ds = score_grad(unpacked(slopes), dp, delta[None, :])
     if FIRST:
         tma.store_wait(0)  # it has read dK, which lay there
     ds_ring.claim(count)
@@ -221,7 +223,7 @@ def attend(
     head = work.head_k * group_size
     k_tile = clean(rings.k, kv_count, work.seqlen_k - start_n, SCRUB, ROWS, BLOCK_D)
     q_tile = clean(rings.q, count, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-    qk = over_dim(k_tile, q_tile, SPEC)
+    qk = over_dim(k_tile, q_tile, SPEC.head_dim)
     v_tile = clean(rings.v, kv_count, work.seqlen_k - start_n, SCRUB, ROWS, BLOCK_D)
     qk = warpgroup_mma_wait(0, deps=[qk])
     dk_acc, dv_acc = grads_of_scores(
@@ -234,7 +236,7 @@ def attend(
         v_tile = rings.v.tiles.index(opaque_zero() + WHICH).reshape([ROWS, BLOCK_D])
         start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
         q_tile = clean(rings.q, last + 1, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
-        qk = over_dim(k_tile, q_tile, SPEC)
+        qk = over_dim(k_tile, q_tile, SPEC.head_dim)
         ds, q_last = ds_ring.tile(last, ROWS, BLOCK_M), rings.q.tile(last, BLOCK_M, BLOCK_D)
         dk_acc = warpgroup_mma(ds, q_last, dk_acc, is_async=True)
         qk = warpgroup_mma_wait(1, deps=[qk])
@@ -249,7 +251,7 @@ def attend(
     # Read again: what it says of the keys would take registers all the while.
     keys = received_keys(rings.notes, work_count, call)
     place = rings.v.tiles.index(WHICH)
-    store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, WHICH, SPEC)
+    store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, WHICH, SPEC.head_dim)
     dk_acc = warpgroup_mma_wait(0, deps=[dk_acc])
     rings.q.release(last)
     ds_ring.claim(last + ds_ring.STAGES)  # and so, as dQ goes by order, all of the ring
@@ -257,7 +259,8 @@ def attend(
     SHAPE: gl.constexpr = [TIMES, 1, ROWS, 1, BLOCK_D]
     dk_tiles = reinterpreted(ds_ring.tiles, k_tile.dtype, SHAPE, rings.k.tiles.layout)
     dk_acc *= mods.scale_log2 * LN2
-    store_grad(grads.dk, grads.dk_tiles, dk_tiles.index(0), dk_acc, keys, WHICH, SPEC)
+    place = dk_tiles.index(0)
+    store_grad(grads.dk, grads.dk_tiles, place, dk_acc, keys, WHICH, SPEC.head_dim)
     STORES: gl.constexpr = 0 if grads.dv_tiles is None else 1  # of the copy engine, of each
     tma.store_wait(STORES)  # it has read dV
     rings.v.release(kv_count)
@@ -270,31 +273,31 @@ def row_layout(COLS):
 
 
 @gluon.jit
-def store_grad(out, tiles, tile, values, keys, WHICH: gl.constexpr, SPEC: gl.constexpr):
+def store_grad(out, tiles, tile, values, keys, WHICH: gl.constexpr, DIM: gl.constexpr):
     """Write a gradient's rows of this consumer's keys: float32, a part of it, as the products lie;
     else by way of `tile`, and from there by the copy engine, or, if `tiles` is None, by `store`."""
     if out.ptr.dtype.element_ty == gl.float32:
-        store(out, values, keys, WHICH, SPEC)
+        store(out, values, keys, WHICH, DIM)
         return
     rows = tile.reshape(values.shape)
     rows.store(values.to(tile.dtype))
     if tiles is None:
-        store(out, rows.load(row_layout(values.shape[1])), keys, WHICH, SPEC)
+        store(out, rows.load(row_layout(values.shape[1])), keys, WHICH, DIM)
     fence_async_shared()
     if tiles is not None:
         async_store(tiles, [keys[0], keys[2] + WHICH * ROWS, keys[1], 0], tile)
 
 
 @gluon.jit
-def store(out, values, keys, WHICH: gl.constexpr, SPEC: gl.constexpr):
-    """Write a gradient's rows of this consumer's keys."""
+def store(out, values, keys, WHICH: gl.constexpr, DIM: gl.constexpr):
+    """Write a gradient's rows of this consumer's keys, DIM columns."""
     seq, head_k, start_n, k_first, seqlen_k = keys
     LAYOUT: gl.constexpr = values.type.layout
     out = at_head(out, seq, head_k, k_first)
     rows = start_n + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
     ptrs = out.ptr + rows.to(gl.int64)[:, None] * out.seq + cols[None, :] * out.dim
-    mask = (rows < seqlen_k)[:, None] & (cols < SPEC.head_dim)[None, :]
+    mask = (rows < seqlen_k)[:, None] & (cols < DIM)[None, :]
     gl.store(ptrs, values.to(out.ptr.dtype.element_ty), mask=mask)
 
 
@@ -318,8 +321,8 @@ def multiply(
             ZEROS_LAYOUT: gl.constexpr = row_layout(BLOCK_D)
             zeros = gl.zeros([ROWS, BLOCK_D], gl.float32, ZEROS_LAYOUT)
             keys = (work.seq, work.head_k, work.start_n, work.k_first, work.seqlen_k)
-            store(grads.dk, zeros, keys, WHICH, SPEC)
-            store(grads.dv, zeros, keys, WHICH, SPEC)
+            store(grads.dk, zeros, keys, WHICH, SPEC.head_dim)
+            store(grads.dv, zeros, keys, WHICH, SPEC.head_dim)
         rings.notes.release(work_count)
         work_count += 1
         steps = value_of_note(rings.notes, work_count)
@@ -360,7 +363,7 @@ def hopper_backward_kernel(
     )  # fmt: skip
     grads = Grads(dk, dv, dk_tiles, dv_tiles)
     FLAT: gl.constexpr = sums.layout
-    to = Sums(sums, turns, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))
+    to = Sums(None, sums, turns, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))
     DOWN: gl.constexpr = turns is not None
     gl.warp_specialize(
         [
@@ -372,7 +375,7 @@ def hopper_backward_kernel(
                 multiply,
                 (rings, call, grads, group_size, DOWN, 1, SPEC, SCRUB, BLOCK_M, BLOCK_D),
             ),
-            (multiply_queries, (rings, to, BLOCK_M, BLOCK_D)),
+            (multiply_queries, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_D)),
             (
                 load,
                 (
@@ -380,7 +383,7 @@ def hopper_backward_kernel(
                     SPEC, DOWN, BLOCK_M, BLOCK_N,
                 ),
             ),
-            (add, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N, BLOCK_D)),
+            (add, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N)),
         ],
         [4, 4, 1, 1],
         [208, 72, 24, 24],

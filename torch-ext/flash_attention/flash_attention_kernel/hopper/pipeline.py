@@ -109,10 +109,13 @@ def make_channel(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
 
 
 @gluon.jit
-def make_ring(DTYPE: gl.constexpr, HEIGHT: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr):
-    """A ring of two tiles [HEIGHT, COLS] that warps write, for one reader."""
-    tiles = gl.allocate_shared_memory(DTYPE, [2, HEIGHT, COLS], LAYOUT)
-    return Channel(tiles, make_barriers(2, 1), make_barriers(2, 1), 2, 0)
+def make_ring(
+    DTYPE: gl.constexpr, HEIGHT: gl.constexpr, COLS: gl.constexpr, LAYOUT: gl.constexpr,
+    STAGES: gl.constexpr = 2,
+):  # fmt: skip
+    """A ring of tiles [HEIGHT, COLS] that warps write, for one reader."""
+    tiles = gl.allocate_shared_memory(DTYPE, [STAGES, HEIGHT, COLS], LAYOUT)
+    return Channel(tiles, make_barriers(STAGES, 1), make_barriers(STAGES, 1), STAGES, 0)
 
 
 @gluon.constexpr_function

@@ -216,12 +216,6 @@ def received_work(notes, steps, count, call, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def count_of_note(notes, count):
-    """-> count and kv_count of the work that is note number `count`."""
-    return notes.field(count, 12), notes.field(count, 13)
-
-
-@gluon.jit
 def received_keys(notes, count, call):
     """-> seq, head_k, start_n, k_first and seqlen_k of `received_work`."""
     k_first, seqlen_k = received_span(notes, count, call)

@@ -20,11 +20,11 @@ from ..seqlen import Lengths, find_block, sequence_bounds
 @triton.jit(do_not_specialize=("rows", "batch", "num_tiles"))
 def prepare_kernel(
     out, dout, lse, dlse, delta, stats, sums, turns, cu_seqlens, seqused, rows, batch, num_tiles,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, SUMS_D: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads,) over blocks of BLOCK_M query rows. Writes their stats [2,
     BLOCK_M], lse in log2 units and delta = rowsum(dO * O) - dlse (dlse None: 0), zeros their
-    BLOCK_M * BLOCK_D sums and, unless that is None, their number in `turns`, and writes `delta` by
+    BLOCK_M * SUMS_D sums and, unless that is None, their number in `turns`, and writes `delta` by
     rows, like lse, unless that is None. A row that does not exist has lse +inf, and so no weights.
 
     out and dout are Operands, the others pointers; stats and sums float32, block after block.
@@ -59,7 +59,7 @@ def prepare_kernel(
     tl.store(stats + offs + BLOCK_M, delta_row)
     if turns is not None:
         tl.store(turns + block, 0)
-    SIZE: tl.constexpr = BLOCK_M * BLOCK_D
+    SIZE: tl.constexpr = BLOCK_M * SUMS_D
     tl.store(sums + block * SIZE + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
 
 

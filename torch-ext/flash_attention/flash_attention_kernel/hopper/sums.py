@@ -22,15 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..masks import blocks_before, diagonal_shift
 from .compat import async_add, reinterpreted
 from .pipeline import ROWS, product_layout
-from .schedule import count_of_note, first_block, next_block, received_work, value_of_note
+from .schedule import first_block, next_block, received_work, value_of_note
 
 
 class Sums(NamedTuple):
-    """Where dQ is summed."""
+    """Where dQ is summed, in float32, piece after piece."""
 
-    tiles: Any  # descriptor of the float32 sums, piece after piece
+    ptr: Any  # if the warp group adds it itself, else None
+    tiles: Any  # a descriptor, if not
     turns: Any  # int32 of each block: how many have added to it; None: they add in any order
-    ring: Any  # of pieces
+    ring: Any  # of pieces, on their way to `add`; or None
 
 
 @gluon.constexpr_function
@@ -42,15 +43,22 @@ def piece_layout():
     return gl.SharedLinearLayout([cols[0], rows[3], *cols[1:3], *rows[:3], *rows[4:], *cols[3:]])
 
 
+@gluon.constexpr_function
+def pieces_of(HEAD_DIM, BLOCK_M):
+    """Of a block of queries."""
+    return BLOCK_M // ROWS * ((HEAD_DIM + ROWS - 1) // ROWS)
+
+
 @gluon.jit
 def multiply_piece(
     ds, k, count, kv_count, row: gl.constexpr, col: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """dS K, ROWS queries from `row` on by ROWS columns from `col` on, of both consumers' keys."""
+    """dS K, ROWS queries from `row` on by ROWS columns from `col` on, of all the work's keys. ds: a
+    ring for every ROWS of these."""
     LAYOUT: gl.constexpr = product_layout(ROWS)
     part = gl.zeros([ROWS, ROWS], gl.float32, LAYOUT)
-    for which in gl.static_range(2):
+    for which in gl.static_range(len(ds)):
         ds_tile = ds[which].receive(count, ROWS, BLOCK_M).slice(row, ROWS, 1)
         k_tile = k.tile(kv_count + which, ROWS, BLOCK_D).slice(col, ROWS, 1)
         left = ds_tile.permute((1, 0))
@@ -59,36 +67,61 @@ def multiply_piece(
 
 
 @gluon.jit
-def multiply_queries(rings, sums, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr):
-    """dQ of every block of queries, of the keys that are the program's at the time."""
-    PIECES: gl.constexpr = BLOCK_M * BLOCK_D // (ROWS * ROWS)
+def hand_on(part, ring, passed):
+    """Leave piece number `passed` to `add`."""
     LAYOUT: gl.constexpr = piece_layout()
-    pieces = reinterpreted(sums.ring.tiles, gl.float32, [2, ROWS, ROWS], LAYOUT)
-    passed = 0
+    pieces = reinterpreted(ring.tiles, gl.float32, [2, ROWS, ROWS], LAYOUT)
+    ring.claim(passed)
+    pieces.index(passed % 2).store(part)
+    ring.announce(passed)
+
+
+@gluon.jit
+def add_now(part, ptr):
+    """Add a piece, to the one at `ptr`, which lies by piece_layout."""
+    flat = part.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([ROWS * ROWS])
+    offs = gl.arange(0, ROWS * ROWS, layout=flat.type.layout)
+    gl.atomic_add(ptr + offs, flat, sem="relaxed")
+
+
+@gluon.jit
+def multiply_queries(
+    rings, call, sums, group_size, tiles_q, SPEC: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """dQ of every block of queries, of the keys that are the program's at the time."""
+    PIECES: gl.constexpr = pieces_of(SPEC.head_dim, BLOCK_M)
+    DOWN: gl.constexpr = sums.turns is not None
+    HALVES: gl.constexpr = len(rings.ds)
     work_count = 0
     steps = value_of_note(rings.notes, work_count)
     while steps >= 0:
-        first, kv_count = count_of_note(rings.notes, work_count)
+        work = received_work(rings.notes, steps, work_count, call, SPEC)
         rings.notes.release(work_count)
-        if steps > 0:
-            rings.k.wait(kv_count)
-            rings.k.wait(kv_count + 1)
-        for count in range(first, first + steps):
+        for which in gl.static_range(HALVES):
+            if steps > 0:
+                rings.k.wait(work.kv_count + which)
+        start_m = first_block(work, DOWN, BLOCK_M)
+        head = work.head_k * group_size
+        for count in range(work.count, work.count + steps):
             for piece in gl.static_range(PIECES):
                 part = multiply_piece(
-                    rings.ds, rings.k, count, kv_count, piece * ROWS // BLOCK_D * ROWS,
+                    rings.ds, rings.k, count, work.kv_count, piece * ROWS // BLOCK_D * ROWS,
                     piece * ROWS % BLOCK_D, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
                 if piece == PIECES - 1:
-                    rings.ds[0].release(count)
-                    rings.ds[1].release(count)
-                sums.ring.claim(passed)
-                pieces.index(passed % 2).store(part)
-                sums.ring.announce(passed)
-                passed += 1
-        if steps > 0:
-            rings.k.release(kv_count)
-            rings.k.release(kv_count + 1)
+                    for which in gl.static_range(HALVES):
+                        rings.ds[which].release(count)
+                if sums.ring is not None:
+                    hand_on(part, sums.ring, count * PIECES + piece)
+                else:
+                    tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
+                    place = tile.to(gl.int64) * (BLOCK_M * BLOCK_D) + piece * (ROWS * ROWS)
+                    add_now(part, sums.ptr + place)
+            start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
+        for which in gl.static_range(HALVES):
+            if steps > 0:
+                rings.k.release(work.kv_count + which)
         work_count += 1
         steps = value_of_note(rings.notes, work_count)
 
@@ -127,12 +160,12 @@ def pass_turn(turn):
 @gluon.jit
 def add(
     rings, call, sums, group_size, tiles_q, SPEC: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Add each dQ to `sums`; with turns, in the order of the keys. A turn is passed on when the
     next has come: meanwhile this one's sum is on its way. But before other work it is passed on at
     once: that may wait for who waits for this."""
-    PIECES: gl.constexpr = BLOCK_M * BLOCK_D // (ROWS * ROWS)
+    PIECES: gl.constexpr = pieces_of(SPEC.head_dim, BLOCK_M)
     HEIGHT: gl.constexpr = sums.tiles.block_shape[0]
     IN_TURN: gl.constexpr = sums.turns is not None
     work_count = 0
