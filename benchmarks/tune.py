@@ -59,6 +59,8 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "64/backward-mods": "64,128,3,4 64,128,2,4 64,128,2,3 128,128,2,3",
     "128/backward": "64,128,2,4 64,128,2,3 64,128,2,2",
     "128/backward-mods": "64,128,2,4 64,128,2,3 64,128,2,2",
+    "256/backward": "64,64,2,2 64,64,1,2 64,64,2,1",
+    "256/backward-mods": "64,64,2,2 64,64,1,2 64,64,2,1",
 }
 HOPPER_LENGTHS = {"full": (4096, 16384), "full-short": (1024,)}  # else all
 

@@ -113,6 +113,26 @@ def test_hopper(module, recorders, monkeypatch, name, head_dim, backward):
     hold(recorders, *names)
 
 
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, ordered, wanted",
+    (
+        (128, 128, True, True), (64, 32, False, False), (192, 128, False, True),
+        (256, 256, False, True), (256, 256, True, False), (264, 264, False, False),
+    ),
+)  # fmt: skip
+def test_hopper_serves(module, head_dim, head_dim_v, ordered, wanted):
+    """Which gradients the kernels for sm_90 take: of wide heads those in any order."""
+    hopper_calls = module("flash_attention_kernel.hopper_calls")
+    case = BY_NAME["causal"]._replace(head_dim=head_dim, head_dim_v=head_dim_v)
+    q, k, v, dout, _, options = make(case, torch.float16, "cpu")
+    problem = problem_of(module, case, q, k, v, options)
+    served = hopper_calls.serves(problem) and hopper_calls.serves_backward(problem, dout, ordered)
+    assert served == wanted
+    if wanted:
+        for parts, tensor in zip(hopper_calls.partial_grads(problem, 2), (k, v)):
+            assert parts.shape == (*tensor.shape[:-2], 2 * tensor.shape[-2], tensor.shape[-1])
+
+
 CASES = {
     "decode_kernel": CacheCase("one", num_splits=1),
     "combine_kernel": CacheCase("split", 2, num_splits=3, page=16, sink=True),

@@ -26,6 +26,8 @@ class Instruction(NamedTuple):
 def parse_instruction(address, predicate, name, arguments) -> Instruction:
     reads, writes = set(), set()
     operands = [operand.strip() for operand in arguments.split(",")]
+    if name == "R2UR" and operands[0].startswith("P"):  # also says whether all threads agree
+        del operands[0]
     uniform, wide = name.startswith("U"), "WIDE" in name
     pairs = uniform and not name.startswith("UTMA") and (".64" in name or wide)
     if re.fullmatch(r"UR\d+", operands[0]) and not name.startswith(WRITES_NO_REGISTER):

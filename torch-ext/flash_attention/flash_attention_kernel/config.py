@@ -31,7 +31,8 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of hopper/: BLOCK_M query rows, forward 64 for each consumer, by BLOCK_N keys."""
+    """Tiles of hopper/: BLOCK_M query rows, forward 64 for each consumer, by BLOCK_N keys, in
+    backward.py 64 for each consumer, in wide.py 64."""
 
     block_m: int
     block_n: int

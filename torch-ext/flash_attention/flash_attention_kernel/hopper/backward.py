@@ -82,10 +82,10 @@ class Grads(NamedTuple):
 
 
 @gluon.constexpr_function
-def stats_layout(ROWS):
+def stats_layout(SIZE):
     """Of lse and delta: by fours that one thread reads, four threads' in a row; see
     prepare_kernel."""
-    bits = [[1 << bit] for bit in range(ROWS.bit_length() - 1)]
+    bits = [[1 << bit] for bit in range(SIZE.bit_length() - 1)]
     return gl.SharedLinearLayout([bits[0], bits[3], *bits[1:3], *bits[4:]])
 
 
