@@ -55,7 +55,7 @@ LAYERS = {
         "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
     },
     "flash_attention_kernel/hopper/wide": {
-        "backward", "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
+        "backward", "common", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
     "flash_attention_kernel/hopper/sums": {"compat", "masks", "pipeline", "schedule"},

@@ -6,11 +6,12 @@ Sᵀ = KQᵀ and dPᵀ = VdOᵀ come from shared memory; Pᵀ stays in registers
 dV += PᵀdO; dSᵀ goes to shared memory for dK += dSᵀQ, and for dQ = dS K, which a third warp group
 multiplies (sums.py). The two wait for nothing but their tiles, so that the tensor cores work for
 one and for dQ while the other is at its arithmetic: 5 % faster than with all eight warps in step,
-a quarter of dQ's product each (geometric mean of the anchor points, H200).
+dQ's product divided among them (geometric mean of the anchor points, H200).
 
-Shared memory is what keeps the tensor cores waiting now: its pipe is busy in 84 % of the cycles at
-head_dim 128, 72 % at 64. dP's product starts when P is in half precision, two to a register; both
-in float32 do not fit beside dK and dV. Nothing but these, complete, is carried round the loop: with
+The busiest pipe is shared memory's: 84 % of the cycles at head_dim 128, 72 % at 64, where the
+tensor cores have 70 and 56. dP's product starts when P is in half precision, two to a register;
+both in float32 do not fit beside dK and dV. dS is computed from that P: dQ's error is 1.2 times
+what it is from float32. Nothing but these, complete, is carried round the loop: with
 a product in flight there ptxas waits for each.
 """
 
@@ -90,6 +91,26 @@ def stats_layout(SIZE):
 
 
 @gluon.jit
+def make_rings(
+    q, k, v, dout, stats, HALVES: gl.constexpr, NOTED: gl.constexpr, STAGES: gl.constexpr,
+    Q_TILES: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """For descriptors; K and V in so many tiles of ROWS keys, with a ring of dS each; the notes are
+    read by NOTED roles."""
+    STATS: gl.constexpr = stats_layout(BLOCK_M)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
+    stats_tiles = gl.allocate_shared_memory(stats.dtype, [STAGES] + stats.block_shape, stats.layout)
+    stats_rows = reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS)
+    k_tiles, v_tiles = make_channel(k, HALVES, 2), make_channel(v, HALVES, 1)
+    q_tiles, dout_tiles = make_channel(q, Q_TILES, 2), make_channel(dout, STAGES, 2)
+    ds = (make_ring(q.dtype, ROWS, BLOCK_M, DS),)
+    if HALVES == 2:
+        ds = (ds[0], make_ring(q.dtype, ROWS, BLOCK_M, DS))
+    notes = make_notes(WORK_FIELDS, NOTED)
+    return Rings(k_tiles, v_tiles, q_tiles, dout_tiles, stats_tiles, stats_rows, ds, notes)
+
+
+@gluon.jit
 def load(
     rings, call, q, k, v, dout, stats, group_size, parts, tiles_q,
     SPEC: gl.constexpr, DOWN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -158,6 +179,25 @@ def over_dim(left, right, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
+def weights_of(qk, k_pos, start_m, slot, work, rings, mods, head_mods, SPEC: gl.constexpr):
+    """A block's Pᵀ, float32, from its products: of the keys k_pos by the queries from start_m on,
+    whose stats are in `slot`."""
+    COL: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
+    rows = k_pos[:, None]
+    cols = (start_m + gl.arange(0, qk.shape[1], layout=COL))[None, :]
+    lse_log2 = rings.stats_rows.index(2 * slot).load(COL)
+    p = probability(qk, lse_log2[None, :], cols, rows, mods, head_mods, SPEC)
+    masked = start_m < work.full_begin
+    if SPEC.left:
+        masked = masked | (start_m >= work.full_end)
+    if masked:
+        p = gl.where(
+            keep_mask(cols, rows, head_mods.shift, work.seqlen_k, mods, SPEC, True), p, 0.0
+        )
+    return p
+
+
+@gluon.jit
 def grads_of_scores(
     dk_acc, dv_acc, qk, v_tile, k_pos, start_m, head, count, work, rings, ds_ring, mods, shift,
     exists, FIRST: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr,
@@ -169,16 +209,8 @@ def grads_of_scores(
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, dv_acc.type.layout, 2)
     dout_tile = clean(rings.dout, count, work.seqlen_q - start_m, SCRUB, BLOCK_M, BLOCK_D)
     head_mods = mods_at_head(mods, work.seq, head, exists, shift, SPEC)
-    rows = k_pos[:, None]
-    cols = (start_m + gl.arange(0, BLOCK_M, layout=COL))[None, :]
     slot = count % rings.dout.STAGES
-    lse_log2 = rings.stats_rows.index(2 * slot).load(COL)
-    p = probability(qk, lse_log2[None, :], cols, rows, mods, head_mods, SPEC)
-    masked = start_m < work.full_begin
-    if SPEC.left:
-        masked = masked | (start_m >= work.full_end)
-    if masked:
-        p = gl.where(keep_mask(cols, rows, shift, work.seqlen_k, mods, SPEC, True), p, 0.0)
+    p = weights_of(qk, k_pos, start_m, slot, work, rings, mods, head_mods, SPEC)
     # In float32 it would take 16 registers more, at the fullest.
     weights = packed(p, dout_tile.dtype)
     slopes = packed(product_grad(p, qk, mods, SPEC), dout_tile.dtype) if SPEC.softcap else weights
@@ -351,16 +383,7 @@ def hopper_backward_kernel(
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
     call = Call(q_lengths, k_lengths, mods, nheads_k, schedule)
-    STATS: gl.constexpr = stats_layout(BLOCK_M)
-    stats_tiles = gl.allocate_shared_memory(stats.dtype, [STAGES] + stats.block_shape, stats.layout)
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
-    rings = Rings(
-        make_channel(k, 2, 2), make_channel(v, 2, 1), make_channel(q, Q_TILES, 2),
-        make_channel(dout, STAGES, 2), stats_tiles,
-        reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS),
-        (make_ring(q.dtype, ROWS, BLOCK_M, DS), make_ring(q.dtype, ROWS, BLOCK_M, DS)),
-        make_notes(WORK_FIELDS, 4),
-    )  # fmt: skip
+    rings = make_rings(q, k, v, dout, stats, 2, 4, STAGES, Q_TILES, BLOCK_M)
     grads = Grads(dk, dv, dk_tiles, dv_tiles)
     FLAT: gl.constexpr = sums.layout
     to = Sums(None, sums, turns, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))

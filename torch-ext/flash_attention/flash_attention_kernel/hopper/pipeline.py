@@ -156,7 +156,8 @@ def opaque_zero():
 
 @gluon.jit
 def packed(values, DTYPE: gl.constexpr):
-    """values as DTYPE, two to a register, which the compiler would undo, as `unpacked` is given."""
+    """float32 values as DTYPE, two to a register, and so they stay until `unpacked`: after the
+    compiler's own conversion each has a register."""
     if DTYPE == gl.bfloat16:
         return gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.bfloat16, is_pure=True,
@@ -171,7 +172,7 @@ def packed(values, DTYPE: gl.constexpr):
 
 @gluon.jit
 def unpacked(values):
-    """What `packed` gave, in float32."""
+    """What `packed` gave, in float32. Not pure: else it might move up, and take the registers."""
     if values.dtype == gl.bfloat16:
         CODE: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
     else:

@@ -1,5 +1,6 @@
 """dQ: a warp group that multiplies it, and a warp that has the copy engine add it to its sums in
-memory; if asked, in a fixed order, and so with the same bits.
+memory; if asked, in a fixed order, and so with the same bits. In wide.py, whose shared memory is
+full, the warp group adds it, from its registers, which at head dims to 128 took 3 % more time.
 
 It goes in pieces of ROWS x ROWS, of which two fit in shared memory, and of which one takes few
 enough registers to leave the other warp groups theirs.

@@ -13,15 +13,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..common import LN2
-from ..masks import diagonal_shift, keep_mask
-from ..scores import mods_at_head, probability, product_grad, score_grad
+from ..masks import diagonal_shift
+from ..scores import mods_at_head, product_grad, score_grad
 from ..seqlen import Lengths
-from .backward import Grads, Rings, clean, load, over_dim, stats_layout, store
-from .compat import reinterpreted
+from .backward import Grads, clean, load, make_rings, over_dim, store, weights_of
 from .pipeline import (
     ROWS,
-    make_channel,
-    make_notes,
     make_ring,
     opaque_zero,
     packed,
@@ -29,7 +26,6 @@ from .pipeline import (
     unpacked,
 )
 from .schedule import (
-    WORK_FIELDS,
     Call,
     Schedule,
     first_block,
@@ -48,33 +44,18 @@ def sum_layout(COLS):
 
 
 @gluon.jit
-def weights_of(qk, start_m, head, count, work, rings, call, SPEC: gl.constexpr):
-    """A block's Pᵀ from its products, [ROWS, BLOCK_M]."""
-    LAYOUT: gl.constexpr = qk.type.layout
-    COL: gl.constexpr = gl.SliceLayout(0, LAYOUT)
-    shift = diagonal_shift(work.seqlen_q, work.seqlen_k, SPEC)
-    mods, exists = call.mods, work.seq < call.q_lengths.batch
-    head_mods = mods_at_head(mods, work.seq, head, exists, shift, SPEC)
-    rows = (work.start_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)))[:, None]
-    cols = (start_m + gl.arange(0, qk.shape[1], layout=COL))[None, :]
-    lse_log2 = rings.stats_rows.index(2 * (count % rings.dout.STAGES)).load(COL)
-    p = probability(qk, lse_log2[None, :], cols, rows, mods, head_mods, SPEC)
-    masked = start_m < work.full_begin
-    if SPEC.left:
-        masked = masked | (start_m >= work.full_end)
-    if masked:
-        p = gl.where(keep_mask(cols, rows, shift, work.seqlen_k, mods, SPEC, True), p, 0.0)
-    return p
-
-
-@gluon.jit
 def add_values(dv_acc, qk, start_m, head, count, work, rings, p_ring, call, SPEC: gl.constexpr):
     """A block's P into the ring, and its part of dV, under way."""
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, dv_acc.type.layout, 2)
     DTYPE: gl.constexpr = rings.q.tiles.dtype
-    p = weights_of(qk, start_m, head, count, work, rings, call, SPEC)
+    shift = diagonal_shift(work.seqlen_q, work.seqlen_k, SPEC)
+    mods, exists = call.mods, work.seq < call.q_lengths.batch
+    head_mods = mods_at_head(mods, work.seq, head, exists, shift, SPEC)
+    k_pos = work.start_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, qk.type.layout))
+    slot = count % rings.dout.STAGES
+    p = weights_of(qk, k_pos, start_m, slot, work, rings, mods, head_mods, SPEC)
     p_ring.claim(count)
-    p_ring.tile(count, ROWS, qk.shape[1]).store(product_grad(p, qk, call.mods, SPEC).to(DTYPE))
+    p_ring.tile(count, ROWS, qk.shape[1]).store(product_grad(p, qk, mods, SPEC).to(DTYPE))
     p_ring.announce(count)
     dout_tile = rings.dout.tile(count, qk.shape[1], dv_acc.shape[1])
     weights = gl.convert_layout(packed(p, DTYPE), FACTOR)
@@ -215,15 +196,8 @@ def hopper_wide_backward_kernel(
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
     call = Call(q_lengths, k_lengths, mods, nheads_k, schedule)
-    STATS: gl.constexpr = stats_layout(BLOCK_M)
-    stats_tiles = gl.allocate_shared_memory(stats.dtype, [STAGES] + stats.block_shape, stats.layout)
+    rings = make_rings(q, k, v, dout, stats, 1, 3, STAGES, Q_TILES, BLOCK_M)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
-    rings = Rings(
-        make_channel(k, 1, 2), make_channel(v, 1, 1), make_channel(q, Q_TILES, 2),
-        make_channel(dout, STAGES, 2), stats_tiles,
-        reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS),
-        (make_ring(q.dtype, ROWS, BLOCK_M, DS),), make_notes(WORK_FIELDS, 3),
-    )  # fmt: skip
     p_ring = make_ring(q.dtype, ROWS, BLOCK_M, DS, 1)
     grads = Grads(dk, dv, None, None)
     to = Sums(sums[0], None, None, None)
