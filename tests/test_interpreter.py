@@ -127,23 +127,31 @@ def turns_kernel(
             tl.store(turns + n * rows + m, turn)
 
 
-@pytest.mark.parametrize("options", ({}, {"causal": True}, {"window_size": (40, 9)},
-    {"window_size": (70, -1)}, {"window_size": (-1, 33)}, {"window_size": (25, 0)},
-    {"causal": True, "causal_alignment": "top-left"}), ids=str)  # fmt: skip
-@pytest.mark.parametrize("lengths", ((70, 100), (200, 64), (130, 130), (1, 90), (90, 1)), ids=str)
-def test_turns(module, monkeypatch, lengths, options):
-    """Whoever adds to a block of dQ has a turn of its own, in the order of the keys, from 0 on."""
-    masks, calls, problem, chosen = (
-        module(name) for name in ("flash_attention_kernel.masks", "flash_attention_kernel.calls",
-                                  "problem", "options"))  # fmt: skip
-    monkeypatch.setitem(globals(), "masks", masks)
+MASKS = ({}, {"causal": True}, {"window_size": (40, 9)}, {"window_size": (70, -1)},
+         {"window_size": (-1, 33)}, {"window_size": (25, 0)}, {"window_size": (2**31, 3)},
+         {"causal": True, "causal_alignment": "top-left"})  # fmt: skip
+LENGTHS = ((70, 100), (200, 64), (130, 130), (1, 90), (90, 1))
+
+
+def dense_problem(module, lengths, options):
+    """-> (an empty problem, which key lies on the diagonal at query 0)"""
     seqlen_q, seqlen_k = lengths
     q, k = (torch.empty(1, length, 1, 64, dtype=torch.float16) for length in lengths)
-    p = problem.AttentionProblem.dense(q, k, k, chosen.Options(**options))
+    p = module("problem").AttentionProblem.dense(q, k, k, module("options").Options(**options))
+    return p, 0 if p.top_left else seqlen_k - seqlen_q
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_turns(module, monkeypatch, lengths, options):
+    """Whoever adds to a block of dQ has a turn of its own, in the order of the keys, from 0 on."""
+    masks, calls = (module(f"flash_attention_kernel.{name}") for name in ("masks", "calls"))
+    monkeypatch.setitem(globals(), "masks", masks)
+    seqlen_q, seqlen_k = lengths
+    p, shift = dense_problem(module, lengths, options)
     rows, cols = -(-seqlen_q // 16), -(-seqlen_k // 32)
     begins, ends = torch.empty(2, cols, dtype=torch.int32)
     turns = torch.empty(cols, rows, dtype=torch.int32)
-    shift = 0 if p.top_left else seqlen_k - seqlen_q
     turns_kernel[(1,)](
         begins, ends, turns, seqlen_q, seqlen_k, shift, calls.mods_of(p), rows, cols,
         calls.spec_of(p), 16, 32,
@@ -151,3 +159,32 @@ def test_turns(module, monkeypatch, lengths, options):
     for m in range(rows):
         adds = [n for n in range(cols) if begins[n] <= m * 16 < ends[n]]
         assert turns[adds, m].tolist() == list(range(len(adds)))
+
+
+@triton.jit
+def masks_kernel(
+    by_query, by_key, first, seqlen_k, shift, mods, SPEC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """keep_mask, and keep_mask_by_key with positions counted from `first`, of the first pairs."""
+    pos = tl.arange(0, BLOCK)
+    q_pos, k_pos = pos[None, :], pos[:, None]
+    offs = k_pos * BLOCK + q_pos
+    keep = masks.keep_mask(q_pos, k_pos, shift, seqlen_k, mods, SPEC)  # noqa: F821
+    tl.store(by_query + offs, keep)
+    keep = masks.keep_mask_by_key(  # noqa: F821
+        q_pos - first, k_pos - first, shift, seqlen_k - first, mods, SPEC
+    )
+    tl.store(by_key + offs, keep)
+
+
+@pytest.mark.parametrize("options", MASKS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_masks_agree(module, monkeypatch, lengths, options):
+    """A pair is hidden alike whether the bounds are each query's or each key's."""
+    masks, calls = (module(f"flash_attention_kernel.{name}") for name in ("masks", "calls"))
+    monkeypatch.setitem(globals(), "masks", masks)
+    p, shift = dense_problem(module, lengths, options)
+    by_query, by_key = torch.empty(2, 256, 256, dtype=torch.bool)
+    args = (64, lengths[1], shift, calls.mods_of(p), calls.spec_of(p), 256)
+    masks_kernel[(1,)](by_query, by_key, *args)
+    assert torch.equal(by_query, by_key) and by_query.any()

@@ -52,6 +52,19 @@ def keep_mask(
 
 
 @triton.jit
+def keep_mask_by_key(q_pos, k_pos, shift, seqlen_k, mods, SPEC: tl.constexpr):
+    """`keep_mask` with the bounds computed of each key: for threads with fewer keys than queries.
+    Positions and seqlen_k may all be counted from some other number than 0."""
+    first = -(1 << 30)
+    if SPEC.causal or SPEC.right:
+        first = k_pos - (shift + right_reach(mods, SPEC))
+    keep = q_pos >= tl.where(k_pos < seqlen_k, first, 1 << 30)
+    if SPEC.left:
+        keep = keep & (q_pos <= k_pos + (mods.window_left - shift))
+    return keep
+
+
+@triton.jit
 def kv_block_range(start_m, rows, shift, seqlen_k, mods, SPEC: tl.constexpr, BLOCK_N: tl.constexpr):
     """-> (begin, full_begin, full_end, end): the `rows` query rows from start_m see all keys in
     [full_begin, full_end) and none outside [begin, end); those between need keep_mask.

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import LN2, at_head
-from ..masks import diagonal_shift, keep_mask
+from ..masks import diagonal_shift, keep_mask, keep_mask_by_key
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
 from .compat import async_store, reinterpreted
@@ -69,6 +69,7 @@ class Rings(NamedTuple):
     dout: Any
     stats: Any  # [STAGES, 2 * BLOCK_M]: of dout's rows lse in log2 units, then delta
     stats_rows: Any  # [2 * STAGES, BLOCK_M]: the same
+    cols: Any  # [BLOCK_M]: 0, 1, 2 ..., to be read where LLVM would have them in registers for good
     ds: Any  # of either consumer: dSᵀ, [ROWS, BLOCK_M]
     notes: Any
 
@@ -101,13 +102,15 @@ def make_rings(
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     stats_tiles = gl.allocate_shared_memory(stats.dtype, [STAGES] + stats.block_shape, stats.layout)
     stats_rows = reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS)
+    numbers = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, product_layout(BLOCK_M)))
+    cols = gl.allocate_shared_memory(gl.int32, [BLOCK_M], STATS, numbers)
     k_tiles, v_tiles = make_channel(k, HALVES, 2), make_channel(v, HALVES, 1)
     q_tiles, dout_tiles = make_channel(q, Q_TILES, 2), make_channel(dout, STAGES, 2)
     ds = (make_ring(q.dtype, ROWS, BLOCK_M, DS),)
     if HALVES == 2:
         ds = (ds[0], make_ring(q.dtype, ROWS, BLOCK_M, DS))
     notes = make_notes(WORK_FIELDS, NOTED)
-    return Rings(k_tiles, v_tiles, q_tiles, dout_tiles, stats_tiles, stats_rows, ds, notes)
+    return Rings(k_tiles, v_tiles, q_tiles, dout_tiles, stats_tiles, stats_rows, cols, ds, notes)
 
 
 @gluon.jit
@@ -191,9 +194,13 @@ def weights_of(qk, k_pos, start_m, slot, work, rings, mods, head_mods, SPEC: gl.
     if SPEC.left:
         masked = masked | (start_m >= work.full_end)
     if masked:
-        p = gl.where(
-            keep_mask(cols, rows, head_mods.shift, work.seqlen_k, mods, SPEC, True), p, 0.0
-        )
+        if SPEC.left:
+            cols, rows = rings.cols.load(COL)[None, :], rows - start_m
+            seqlen_k = work.seqlen_k - start_m
+            keep = keep_mask_by_key(cols, rows, head_mods.shift, seqlen_k, mods, SPEC)
+        else:
+            keep = keep_mask(cols, rows, head_mods.shift, work.seqlen_k, mods, SPEC, True)
+        p = gl.where(keep, p, 0.0)
     return p
 
 
