@@ -162,6 +162,8 @@ def test_tables_are_complete(module):
     for key, tile in config.tables()["sm_90"].hopper.items():
         assert tile.block_m in ((64, 128) if "backward" in key else (128, 192)), key
         assert tile.block_n in (64, 128) and tile.stages >= 2 and tile.q_tiles >= 1, key
+    for key, entry in json.loads((KERNELS / "tuned/sm_90.json").read_text())["hopper"].items():
+        assert "tflops" not in entry or {"triton", "commit"} <= set(entry), key
     for head_dim, head_dim_v in ((8, 8), (64, 32), (96, 96), (192, 128), (192, 256), (256, 256)):
         assert config.choose_hopper(head_dim, head_dim_v, head_dim > 64, head_dim_v < 64)
     for mods in (False, True):
