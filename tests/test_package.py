@@ -61,7 +61,7 @@ LAYERS = {
     "flash_attention_kernel/hopper/sums": {"compat", "masks", "pipeline", "schedule"},
     "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline"},
     "flash_attention_kernel/hopper/forward": {
-        "epilogue", "masks", "pipeline", "schedule", "scores", "seqlen", "softmax",
+        "epilogue", "masks", "pages", "pipeline", "schedule", "scores", "seqlen", "softmax",
     },
     "flash_attention_kernel/calls": {
         "backward", "common", "config", "forward", "pages", "rotary", "score_tiles", "seqlen",
@@ -193,6 +193,64 @@ def test_compiles_without_a_gpu(quick):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     number = 14 if quick == "sm_90" else 4
     assert f"{number} of {number} kernels fit" in done.stdout
+
+
+SPECIALIZED = """
+import aot, torch
+from importlib import import_module
+from triton.runtime.jit import JITFunction
+
+aot.driver.set_active(aot.OfflineDriver("sm_90"))
+calls, cache_calls, hopper_calls = (
+    import_module(f"{aot.package()}.flash_attention_kernel.{name}")
+    for name in ("calls", "cache_calls", "hopper_calls")
+)
+hopper_calls.multiprocessors = lambda device: 132
+found = {}
+
+
+def record(self, key, signature, device, constexprs, options, attrs, warmup):
+    found.setdefault(self.fn.__name__, set()).add(f"{signature} {constexprs} {attrs}")
+
+
+JITFunction._do_compile = record
+plain = aot.problem_for(aot.Row("sm_90", "forward", "bf16", 128, True, False, "plain"))
+new = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")
+counters = new(2, dtype=torch.int32)
+for batch, seqlen, pages in ((1, 1 << 18, 7), (3, 4096, 16), (16, 1024, 512), (40, 48, 1)):
+    q, k = new(batch, seqlen, 16, 128), new(batch, seqlen, 8, 128)
+    p = plain._replace(q=q, k=k, v=k)
+    out, lse = p.empty_out(), p.empty_lse()
+    launches = [calls.forward_launch(p, out, lse)]
+    launches.append(hopper_calls.forward_launch(p, out, lse, counters))
+    plan = hopper_calls.backward_plan(p)
+    stats, sums, turns = hopper_calls.workspace(p, plan, False)
+    if plan.parts == 1:
+        launches.append(
+            hopper_calls.backward_launch(p, out, stats, sums, k, k, counters, turns, plan.tile)
+        )
+    table, used = new(3, pages, dtype=torch.int32), new(3, dtype=torch.int32)
+    k = new(pages, 16, 8, 128)
+    p = p._replace(q=new(3, 1, 16, 128), k=k, v=k, block_table=table, seqused_k=used)
+    launches.append(
+        cache_calls.decode_launch(p, p.empty_out(), p.empty_lse(), cache_calls.Splits(1))
+    )
+    for launch in launches:
+        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+print({name: len(kinds) for name, kinds in found.items()})
+"""
+
+
+def test_a_kernel_serves_all_batches():
+    """Neither batch nor lengths, in multiples of 16, nor the size of a cache compile one anew."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SPECIALIZED], cwd=ROOT / "tools", env=env, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = ast.literal_eval(done.stdout)
+    assert len(counts) == 4 and set(counts.values()) == {1}, counts
 
 
 SASS = """

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .common import at_head
-from .pages import page_of
+from .pages import Paging, page_of
 from .rotation import turn_rows
 from .seqlen import Lengths, find_block, sequence_bounds
 
@@ -78,7 +78,8 @@ def cache_rows(cache, seq, head, pos, inside, capacity, paging, SPEC: tl.constex
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def append_kernel(
     q, q_out, k, v, k_cache, v_cache, cos, sin, cu_seqlens, cache_seqlens, seqused,
-    rows, rows_q, batch, capacity, table_rows, num_tiles, num_tiles_q, nheads_k, paging,
+    rows, rows_q, batch, capacity, table_rows, num_tiles, num_tiles_q, nheads_k,
+    table, columns, batch_idx, entries,
     SPEC: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr,
     TURN_EACH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -88,8 +89,10 @@ def append_kernel(
     k's row i of a sequence goes to position cache_seqlens + i of its cache, turned by that
     position's angles; v's likewise, as it is; q_out's row i is q's, turned by those of
     cache_seqlens + i, or of cache_seqlens if not TURN_EACH. What lies past `capacity` or in no page
-    is not written. q, q_out (not touched if nothing turns), k, v and the caches are Operands.
+    is not written. q, q_out (not touched if nothing turns), k, v and the caches are Operands, table
+    to entries a Paging's.
     """
+    paging = Paging(table, columns, batch_idx, entries)
     program = tl.program_id(0)
     tiles_kv = 2 * nheads_k * num_tiles
     if program < tiles_kv:

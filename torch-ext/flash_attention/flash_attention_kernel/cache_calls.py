@@ -110,7 +110,7 @@ def decode_launch(problem, out, lse, splits: Splits, tile: Optional[TileConfig] 
     counts = (rows_q, rows_k, batch, tiles, group, splits.num, splits.keys, out_split)
     return Launch(
         decode_kernel, tiles * nheads_k * splits.num, operands, (lse,), problem.lengths(), counts,
-        (paging_of(problem.k, *problem.pages()), mods_of(problem)),
+        (*paging_of(problem.k, *problem.pages()), mods_of(problem)),
         options_of(
             tile, spec, PARTIAL=partial, PDL=has_pdl(out.device),
             SORTED=_sorted(problem, tiles, tiles * nheads_k * splits.num),
@@ -201,5 +201,5 @@ def append_launch(
     operands = tuple(map(operand, (q, q_out, k, v, k_cache, v_cache)))
     return Launch(
         append_kernel, 2 * nheads_k * tiles + nheads * tiles_q, operands, (cos, sin),
-        (cu_seqlens, cache_seqlens, seqused), counts, (paging,), options,
+        (cu_seqlens, cache_seqlens, seqused), counts, tuple(paging), options,
     )  # fmt: skip

@@ -30,7 +30,7 @@ class Launch(NamedTuple):
     pointers: tuple  # tensors whose layout the kernel knows
     lengths: tuple  # AttentionProblem.lengths()
     counts: tuple  # integers
-    others: tuple  # paging, if the kernel takes it, and mods
+    others: tuple  # Paging's fields, if the kernel takes them, and mods
     options: dict  # the kernel's constexpr parameters, in their order, and how to compile it
 
     @property
@@ -188,7 +188,7 @@ def _launch(kernel, problem, tile, operands, pointers, over_keys=False) -> Launc
     counts = (rows_q, rows_k, batch, tiles, nheads // nheads_k)
     others, defer_scale = (mods_of(problem),), False
     if kernel is forward_kernel:
-        others, defer_scale = (paging_of(problem.k, *problem.pages()), *others), True
+        others, defer_scale = (*paging_of(problem.k, *problem.pages()), *others), True
     options = options_of(tile, spec_of(problem, defer_scale, tile.block_n))
     operands = tuple(map(operand, operands))
     return Launch(

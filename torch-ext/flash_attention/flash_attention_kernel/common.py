@@ -17,7 +17,7 @@ TAIL_D: tl.constexpr = tl.constexpr(
 # where 16 divides it, lse and delta load in pairs, without which dkdv_kernel spills.
 UNSPECIALIZED = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k",
-    "rows_k", "batch", "num_tiles",
+    "rows_k", "batch", "num_tiles", "columns", "entries",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .attend import attend
 from .common import TAIL_D, UNSPECIALIZED, row_operand
 from .masks import diagonal_shift, kv_block_range
-from .pages import columns_from, find_keys
+from .pages import Paging, columns_from, find_keys
 from .scores import exponent_scale, mods_at_head
 from .seqlen import Lengths, find_block, partner_bounds, sequence_bounds
 from .softmax import finalize, initial_state
@@ -62,18 +62,21 @@ def split_bounds(begin, end, split, num_splits, split_keys, BLOCK_N: tl.constexp
 @triton.jit(do_not_specialize=(*UNSPECIALIZED, "num_splits", "split_keys"))
 def decode_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-    rows_q, rows_k, batch, num_tiles, group_size, num_splits, split_keys, out_split, paging, mods,
+    rows_q, rows_k, batch, num_tiles, group_size, num_splits, split_keys, out_split,
+    table, columns, batch_idx, entries, mods,
     SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTIAL: tl.constexpr, PDL: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads_k * num_splits,). Row r of a sequence's tiles is query
     r // group_size of query head r % group_size of the KV head's group.
 
-    q, k, v, out are Operands, lse a pointer. PARTIAL: out and lse have a leading dimension of
-    num_splits, of stride out_split for out, and a row without keys has lse -inf, not +inf. PDL:
-    combine_kernel may be launched once every program has begun; it waits for the end. SORTED: a
-    tile is a sequence, of which there are at most SORTED; the longest go first; 0: as they come.
+    q, k, v, out are Operands, lse a pointer, table to entries a Paging's. PARTIAL: out and lse have
+    a leading dimension of num_splits, of stride out_split for out, and a row without keys has lse
+    -inf, not +inf. PDL: combine_kernel may be launched once every program has begun; it waits for
+    the end. SORTED: a tile is a sequence, of which there are at most SORTED; the longest go first;
+    0: as they come.
     """
+    paging = Paging(table, columns, batch_idx, entries)
     if PARTIAL and PDL:
         gdc_launch_dependents()
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)

@@ -14,7 +14,7 @@ from .common import (
     store_tile,
 )
 from .masks import diagonal_shift, kv_block_range
-from .pages import find_keys
+from .pages import Paging, find_keys
 from .scores import exponent_scale, mods_at_head
 from .seqlen import Lengths, find_block, partner_bounds, sequence_bounds
 from .softmax import finalize, initial_state
@@ -23,13 +23,15 @@ from .softmax import finalize, initial_state
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k,
-    rows_q, rows_k, batch, num_tiles, group_size, paging, mods,
+    rows_q, rows_k, batch, num_tiles, group_size, table, columns, batch_idx, entries, mods,
     SPEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads,), the tiles of one head next to each other to share K and V.
 
-    q, k, v, out are Operands, lse a pointer; group_size = nheads // nheads_k; paging is a Paging.
+    q, k, v, out are Operands, lse a pointer; group_size = nheads // nheads_k; table to entries are
+    a Paging's.
     """
+    paging = Paging(table, columns, batch_idx, entries)
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     lse = row_operand(lse, tl.num_programs(0) // num_tiles, q_lengths)

@@ -164,7 +164,7 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
     programs = min(multiprocessors(p.q.device), schedule[2])
     return Launch(
         hopper_forward_kernel, programs, operands, (lse, counters), p.lengths(), counts,
-        (paging_of(p.k, *p.pages()), mods_of(p)), options,
+        (*paging_of(p.k, *p.pages()), mods_of(p)), options,
     )  # fmt: skip
 
 

@@ -88,10 +88,8 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     if not given:
         memo = memo_of((tile, splits, *signature(problem)))
     splits = splits or _splits_of(memo, problem, tile)
-    others = (
-        tuple(calls.paging_of(problem.k, *problem.pages())),
-        _mods(problem, memo if given else {}),
-    )
+    paging = calls.paging_of(problem.k, *problem.pages())
+    others = (*paging, _mods(problem, memo if given else {}))
     if splits is not None:
         _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
@@ -224,7 +222,7 @@ def append(
     call(
         memo_of((q.device, interleaved, turn_each, *shapes)), "append", q.device,
         (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
-        (tuple(calls.paging_of(k_cache, block_table, batch_idx)),), build,
+        tuple(calls.paging_of(k_cache, block_table, batch_idx)), build,
     )  # fmt: skip
     if not _captured(q.device) and OVERFLOW.value in seqused.tolist():
         where = "the cache" if block_table is None else "block_table"

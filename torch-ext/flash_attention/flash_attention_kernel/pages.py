@@ -9,7 +9,8 @@ from .common import Operand, at_head, load_tile
 
 
 class Paging(NamedTuple):
-    """How the sequences find their part of a cache: a kernel argument.
+    """How the sequences find their part of a cache. A kernel takes the fields one by one: of those
+    of a tuple Triton would compile anew for each 1, and for multiples of 16.
 
     Paged: row b of `table` [batch, columns] int32 names the pages of sequence b, which are k[page]
     with SPEC.page_size rows each. Else sequence b is k[batch_idx[b]], or k[b] without `batch_idx`.

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..masks import diagonal_shift, keep_mask
+from ..pages import Paging
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
@@ -349,19 +350,25 @@ def multiply(
             qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
 
 
-@gluon.jit(do_not_specialize=("rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total"))
+@gluon.jit(
+    do_not_specialize=(
+        "rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total", "head_group",
+        "columns", "entries",
+    )
+)  # fmt: skip
 def hopper_forward_kernel(
     q, k, v, q_more, k_more, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q,
     seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total,
-    head_group, paging, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
-    Q_TILES: gl.constexpr,
+    head_group, table, columns, batch_idx, entries, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
     (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, q_more and k_more of
     the columns past these, or None, out an Operand, out_tiles its descriptor where a tile has
     nothing but its sequence's rows, as many as Q's, and two tiles of Q fit, or None; lse a pointer,
-    counters Schedule's, paging a Paging."""
+    counters Schedule's, table to entries a Paging's."""
+    paging = Paging(table, columns, batch_idx, entries)
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)

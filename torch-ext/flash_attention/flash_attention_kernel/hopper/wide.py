@@ -180,7 +180,8 @@ def multiply(
 
 @gluon.jit(
     do_not_specialize=(
-        "rows_q", "rows_k", "batch", "nheads_k", "per_head", "heads", "total", "tiles_q",
+        "rows_q", "rows_k", "batch", "nheads_k", "per_head", "heads", "total",
+        "head_group", "tiles_q",
     )
 )  # fmt: skip
 def hopper_wide_backward_kernel(
