@@ -56,7 +56,7 @@ PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so 
 
 # Bytes in local memory that are let pass: what outlasts a loop; in the backward from D 128 on also
 # what a window, softcap and ALiBi take.
-PARKED = {"hopper": 40, "hopper_backward": 320, "hopper_ordered": 320}
+PARKED = {"hopper": 40, "hopper_backward": 264, "hopper_ordered": 264}
 
 
 class Row(NamedTuple):

@@ -201,5 +201,5 @@ def append_launch(
     operands = tuple(map(operand, (q, q_out, k, v, k_cache, v_cache)))
     return Launch(
         append_kernel, 2 * nheads_k * tiles + nheads * tiles_q, operands, (cos, sin),
-        (cu_seqlens, cache_seqlens, seqused), counts, tuple(paging), options,
+        (cu_seqlens, cache_seqlens, seqused), counts, paging, options,
     )  # fmt: skip

@@ -222,7 +222,7 @@ def append(
     call(
         memo_of((q.device, interleaved, turn_each, *shapes)), "append", q.device,
         (q, q_out, k, v, k_cache, v_cache), (cos, sin), (cu_seqlens, cache_seqlens, seqused),
-        tuple(calls.paging_of(k_cache, block_table, batch_idx)), build,
+        calls.paging_of(k_cache, block_table, batch_idx), build,
     )  # fmt: skip
     if not _captured(q.device) and OVERFLOW.value in seqused.tolist():
         where = "the cache" if block_table is None else "block_table"

@@ -35,6 +35,7 @@ from .pipeline import (
 )
 from .schedule import (
     TILE_FIELDS,
+    UNSPECIALIZED,
     Call,
     Schedule,
     draw,
@@ -350,12 +351,7 @@ def multiply(
             qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
 
 
-@gluon.jit(
-    do_not_specialize=(
-        "rows_q", "rows_k", "batch", "nheads", "per_head", "heads", "total", "head_group",
-        "columns", "entries",
-    )
-)  # fmt: skip
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_forward_kernel(
     q, k, v, q_more, k_more, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q,
     seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total,

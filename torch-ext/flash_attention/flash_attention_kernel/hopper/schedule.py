@@ -8,6 +8,12 @@ from triton.experimental.gluon import language as gl
 from ..masks import diagonal_shift, kv_block_range, q_block_range
 from ..seqlen import find_block, first_tile, partner_bounds, sequence_bounds
 
+# Integers for whose being 1, or a multiple of 16, Triton is not to compile a kernel once more.
+UNSPECIALIZED = (
+    "rows_q", "rows_k", "batch", "nheads", "nheads_k", "per_head", "heads", "total", "head_group",
+    "tiles_q", "columns", "entries",
+)  # fmt: skip
+
 
 class Schedule(NamedTuple):
     """The tiles, longest first, of `group` heads after those of the `group` before."""

@@ -26,6 +26,7 @@ from .pipeline import (
     unpacked,
 )
 from .schedule import (
+    UNSPECIALIZED,
     Call,
     Schedule,
     first_block,
@@ -178,12 +179,7 @@ def multiply(
         steps = value_of_note(rings.notes, work_count)
 
 
-@gluon.jit(
-    do_not_specialize=(
-        "rows_q", "rows_k", "batch", "nheads_k", "per_head", "heads", "total",
-        "head_group", "tiles_q",
-    )
-)  # fmt: skip
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_wide_backward_kernel(
     q, k, v, dout, sums, stats, dk, dv, dk_tiles, dv_tiles, counters, turns, cu_seqlens_q,
     cu_seqlens_k, seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads_k, group_size,
