@@ -289,7 +289,7 @@ def _dense(q, k, v, options, return_attn_probs, packed=None):
     key = None
     if packed is None and not return_attn_probs:
         key = _dense_signature(q, k, v, options)
-        known = remembered.known.get(key)
+        known = remembered.find(key)
         if known is not None:
             scalars, memo = known
             return attention(AttentionProblem(q, k, v, *NO_TENSORS, *scalars), None, memo)[0]

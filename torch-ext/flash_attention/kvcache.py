@@ -110,7 +110,7 @@ def flash_attn_with_kvcache(
         max_seqlen_q, rotary_interleaved, dropout_p, learnable_sink, q_descale, k_descale,
         v_descale, *window,
     )  # fmt: skip
-    known = remembered.known.get(key)
+    known = remembered.find(key)
     if known is not None:
         scalars, memo = known
         problem, cos, sin = _problem(tensors, scalars), rotary_cos, rotary_sin

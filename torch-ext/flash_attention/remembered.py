@@ -2,7 +2,9 @@
 
 import torch
 
-PLAIN_TYPES = frozenset((bool, int, float, str, type(None)))
+PLAIN_TYPES = frozenset(
+    (bool, int, float, str, type(None), tuple, torch.Size, torch.dtype, torch.device)
+)
 MAX_KNOWN = 4096
 known = {}  # signature of a call -> (the problem's scalars, the launcher's memo)
 
@@ -13,30 +15,36 @@ def signature(tensors, *scalars):
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return None
     key = [torch.is_grad_enabled(), *scalars]
-    for scalar in scalars:
-        if type(scalar) not in PLAIN_TYPES:
-            return None
-    for tensor in tensors:
-        if tensor is None:
-            key.append(None)
-        elif _is_plain(tensor):
-            key += (
-                tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() & 15,
-                tensor.requires_grad,
-            )  # fmt: skip
-        else:
-            return None
+    try:
+        for tensor in tensors:
+            if tensor is None:
+                key.append(None)
+            elif type(tensor) is torch.Tensor:
+                key += (
+                    tensor.shape, tensor.stride(), tensor.dtype, tensor.device,
+                    tensor.data_ptr() & 15, tensor.requires_grad,
+                )  # fmt: skip
+            else:
+                return None
+    except RuntimeError:  # nested, sparse: there are no strides
+        return None
     return tuple(key)
 
 
-def _is_plain(tensor) -> bool:
-    """Whether shape, strides and address say all that can matter of a tensor but its data."""
-    return type(tensor) is torch.Tensor and tensor.is_cuda and not tensor.is_nested
+def find(key):
+    """-> what is known of the calls of this signature, or None"""
+    try:
+        return known.get(key)
+    except TypeError:  # a list among the options
+        return None
 
 
 def keep(key, scalars):
-    """Let calls of this signature skip the checks. -> their memo for the launcher, or None"""
-    if key is None:
+    """Let calls of this signature, if they are on a GPU, skip the checks. -> their memo for the
+    launcher, or None"""
+    if key is None or not all(type(part) in PLAIN_TYPES for part in key):
+        return None
+    if any(type(part) is torch.device and part.type != "cuda" for part in key):
         return None
     if len(known) >= MAX_KNOWN:
         known.clear()

@@ -12,7 +12,7 @@ from . import cache_calls, calls
 from .append_kv import OVERFLOW
 from .cache_calls import Splits
 from .config import TileConfig, architecture
-from .plans import call, layout, memo_of, run, signature
+from .plans import call, fresh, layout, memo_of, run, signature
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,13 @@ def _by_rows(tensor):
     return tensor.contiguous() if tensor.stride(-1) > 1 else tensor
 
 
-def _readable(problem):
+def _readable(problem, memo):
     """The problem with q, k and v by rows."""
-    q, k, v = problem[:3]
-    if q.stride(-1) <= 1 and k.stride(-1) <= 1 and v.stride(-1) <= 1:
+    if "is_by_rows" not in memo:
+        memo["is_by_rows"] = all(tensor.stride(-1) <= 1 for tensor in problem[:3])
+    if memo["is_by_rows"]:
         return problem
-    return problem._replace(q=_by_rows(q), k=_by_rows(k), v=_by_rows(v))
+    return problem._replace(**{name: _by_rows(getattr(problem, name)) for name in ("q", "k", "v")})
 
 
 def _captured(device) -> bool:
@@ -80,16 +81,16 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     memo: a dict for this call and those like it in everything but their data, or None.
     """
     given = memo is not None
-    out, lse = problem.empty_out(), problem.empty_lse()
+    if not given:
+        memo = memo_of((tile, splits, *signature(problem)))
+    out, lse = problem.empty_out(), fresh(memo, "lse", problem.empty_lse)
     if problem.seqused_q is not None:  # rows that no program writes
         out.zero_()
         lse.fill_(float("inf"))
-    problem = _readable(problem)
-    if not given:
-        memo = memo_of((tile, splits, *signature(problem)))
+    problem = _readable(problem, memo)
     splits = splits or _splits_of(memo, problem, tile)
-    paging = calls.paging_of(problem.k, *problem.pages())
-    others = (*paging, _mods(problem, memo if given else {}))
+    paging = memo.get("paging") or _paging(problem, memo)
+    others = (*paging, memo.get("mods") or _mods(problem, memo, given))
     if splits is not None:
         _decode(memo, problem, out, lse, others, splits, tile)
         return out, lse
@@ -161,23 +162,32 @@ def _splits_of(memo, problem, tile):
     return memo["splits"]
 
 
-def _mods(problem, memo):
-    """The kernels' mods; kept in `memo` where they are numbers alone."""
-    mods = memo.get("mods")
-    if mods is None:
-        mods = tuple(calls.mods_of(problem))
-        if problem.alibi_slopes is problem.s_aux is problem.attn_bias is problem.rng_state is None:
-            memo["mods"] = mods
+def _paging(problem, memo):
+    """The kernels' paging; kept in `memo` where it has no tensor."""
+    paging = calls.paging_of(problem.k, *problem.pages())
+    if paging.table is paging.batch_idx is None:
+        memo["paging"] = paging
+    return paging
+
+
+def _mods(problem, memo, given):
+    """The kernels' mods; kept in `memo` where they are numbers alone, those of all calls that the
+    memo is `given` for."""
+    mods = tuple(calls.mods_of(problem))
+    if given and not any(isinstance(value, torch.Tensor) for value in mods):
+        memo["mods"] = mods
     return mods
 
 
 def _decode(memo, problem, out, lse, others, splits: Splits, tile):
     """decode_kernel, and the merge of its parts if there are any."""
     to_out, to_lse, device = out, lse, problem.q.device
+    new = {"dtype": torch.float32, "device": device}
     if splits.num > 1:
-        new = {"dtype": torch.float32, "device": device}
-        to_out = torch.empty((splits.num, *out.shape), **new)
-        to_lse = torch.empty((splits.num, *lse.shape), **new)
+        to_out, to_lse = (
+            fresh(memo, name, lambda: torch.empty((splits.num, *whole.shape), **new))
+            for name, whole in (("out_parts", out), ("lse_parts", lse))
+        )
         if problem.seqused_q is not None:
             to_lse.fill_(float("-inf"))
     call(
@@ -242,7 +252,7 @@ def _takes_hopper_backward(memo, problem, dout, ordered) -> bool:
     return memo[key] and memo["takes_hopper"]
 
 
-def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool:
+def _backward_by_hopper(memo, problem, rows, delta, ordered, mods, dq, dk, dv) -> bool:
     """Whether the kernels for sm_90 have been called; not where they do not compile. rows: out,
     dout, lse and dlse; delta: None unless it is wanted; ordered: bitwise repeatable."""
     hopper_calls, device = _hopper_calls(), problem.q.device
@@ -252,7 +262,7 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool
     tile, parts = plan[:2]
     stats, sums, turns = hopper_calls.workspace(problem, plan, ordered)
     name = "hopper_ordered" if ordered else "hopper_backward"
-    counters, mods, lengths = _counters(device), calls.mods_of(problem), problem.lengths()
+    counters, lengths = _counters(device), problem.lengths()
     of_q = (problem.cu_seqlens_q, problem.seqused_q)
     to_dk, to_dv = dk, dv
     if parts > 1:
@@ -266,7 +276,7 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool
         )  # fmt: skip
         call(
             memo, name, device, (*problem[:3], dout, sums, stats, to_dk, to_dv, to_dk, to_dv),
-            (counters, turns), lengths, (tuple(mods),),
+            (counters, turns), lengths, (mods,),
             lambda: hopper_calls.backward_launch(
                 problem, dout, stats, sums, to_dk, to_dv, counters, turns, tile
             ),
@@ -278,7 +288,7 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool
         memo["takes_hopper"] = False
         return False
     call(
-        memo, "finish", device, (dq,), (sums,), of_q, (mods.scale_log2,),
+        memo, "finish", device, (dq,), (sums,), of_q, mods[:1],
         lambda: hopper_calls.finish_launch(problem, sums, dq, tile),
     )  # fmt: skip
     if parts > 1:
@@ -287,9 +297,9 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv) -> bool
     return True
 
 
-def _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, kv_tile):
+def _backward_portable(memo, problem, rows, delta, dslope, mods, dq, dk, dv, dq_tile, kv_tile):
     """dq_kernel and dkdv_kernel. rows: out, dout, lse and dlse."""
-    device, lengths, others = problem.q.device, problem.lengths(), (tuple(calls.mods_of(problem)),)
+    device, lengths, others = problem.q.device, problem.lengths(), (mods,)
     out, dout, lse, dlse = rows
     call(
         memo, "dq", device, (*problem[:3], out, dout, dq), (lse, dlse, delta, dslope), lengths,
@@ -319,24 +329,26 @@ def backward(
         dv.zero_()
     new = torch.empty_like if problem.seqused_q is None else torch.zeros_like
     delta = new(lse) if want_sink else None
-    problem = _readable(problem)
     dout = _by_rows(dout)
     rows = (out, dout, lse, dlse)
-    if memo is None:
-        memo = memo_of((dq_tile, kv_tile, *wanted, *signature(problem, *rows, dq, dk, dv)))
-    else:
+    given = memo is not None
+    if given:
         memo = memo.setdefault((wanted, layout(dout), dlse is None), {})
+    else:
+        memo = memo_of((dq_tile, kv_tile, *wanted, *signature(problem, *rows, dq, dk, dv)))
+    problem = _readable(problem, memo)
+    mods = memo.get("mods") or _mods(problem, memo, given)
     ordered = problem.deterministic or torch.are_deterministic_algorithms_enabled()
     if (
         dq_tile is not None
         or want_bias
         or want_slopes
         or not _takes_hopper_backward(memo, problem, dout, ordered)
-        or not _backward_by_hopper(memo, problem, rows, delta, ordered, dq, dk, dv)
+        or not _backward_by_hopper(memo, problem, rows, delta, ordered, mods, dq, dk, dv)
     ):
         delta = new(lse) if delta is None else delta
         dslope = new(lse) if want_slopes else None
-        _backward_portable(memo, problem, rows, delta, dslope, dq, dk, dv, dq_tile, kv_tile)
+        _backward_portable(memo, problem, rows, delta, dslope, mods, dq, dk, dv, dq_tile, kv_tile)
     if want_bias:
         dbias = torch.zeros_like(problem.attn_bias, memory_format=torch.contiguous_format)
         if dbias.numel():

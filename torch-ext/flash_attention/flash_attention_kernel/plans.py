@@ -4,9 +4,11 @@ A call keeps what it was built of under the signature of its tensors, so that th
 same shapes and strides only fills in the pointers.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from .calls import Launch
@@ -65,6 +67,19 @@ def memo_of(key) -> dict:
             memos.clear()
         memo = memos[key] = {}
     return memo
+
+
+def fresh(memo, name, build):
+    """An uninitialised tensor like the one that `build` made for the first of the calls that share
+    `memo`: without the way through shapes to strides."""
+    again = memo.get(name)
+    if again is not None:
+        return again()
+    tensor = build()
+    memo[name] = functools.partial(
+        torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+    )
+    return tensor
 
 
 def call(memo, name, device, operands, pointers, lengths, others, build):
