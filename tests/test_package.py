@@ -59,9 +59,11 @@ LAYERS = {
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
     "flash_attention_kernel/hopper/sums": {"compat", "masks", "pipeline", "schedule"},
-    "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline"},
+    "flash_attention_kernel/hopper/products": {"pipeline"},
+    "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline", "products"},
     "flash_attention_kernel/hopper/forward": {
-        "epilogue", "masks", "pages", "pipeline", "schedule", "scores", "seqlen", "softmax",
+        "epilogue", "masks", "pages", "pipeline", "products", "schedule", "scores", "seqlen",
+        "softmax",
     },
     "flash_attention_kernel/calls": {
         "backward", "common", "config", "forward", "pages", "rotary", "score_tiles", "seqlen",

@@ -137,7 +137,7 @@ def parts_of_group(problem, tile: HopperConfig) -> int:
 def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = None) -> Launch:
     """The call that fills `out` and `lse`. counters: [2] int32 zeros, which it leaves so."""
     p, tile = problem, tile or forward_tile(problem)
-    (block_d, more), block_dv = hopper_parts(p.q.shape[-1]), hopper_dim(p.v.shape[-1])
+    (block_d, more), (block_dv, more_v) = (hopper_parts(t.shape[-1]) for t in (p.q, p.v))
     schedule = forward_schedule(p, tile.block_m)
     counts = (*counts_of(p), p.q.shape[-2], p.q.shape[-2] // p.k.shape[-2], *schedule)
     options = {
@@ -153,13 +153,15 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
         "enable_fp_fusion": True,
     }
     out_tiles = None
-    if not options["SCRUB"] and tile.q_tiles > 1 and block_dv == block_d and _is_aligned(out):
+    whole = block_dv == block_d and not more_v
+    if not options["SCRUB"] and tile.q_tiles > 1 and whole and _is_aligned(out):
         out_tiles = _descriptor(out, ROWS.value, block_dv)
     operands = (
         _descriptor(p.q, ROWS.value, block_d), _descriptor(p.k, tile.block_n, block_d),
         _descriptor(p.v, tile.block_n, block_dv),
         _descriptor(p.q, ROWS.value, more) if more else None,
-        _descriptor(p.k, tile.block_n, more) if more else None, operand(out), out_tiles,
+        _descriptor(p.k, tile.block_n, more) if more else None,
+        _descriptor(p.v, tile.block_n, more_v) if more_v else None, operand(out), out_tiles,
     )  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])
     return Launch(

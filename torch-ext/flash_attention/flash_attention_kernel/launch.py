@@ -140,7 +140,7 @@ def _by_hopper(memo, problem, out, lse, others) -> bool:
     counters = _counters(device)
     try:
         call(
-            memo, "hopper", device, (*problem[:3], *problem[:2], out, out), (lse, counters),
+            memo, "hopper", device, (*problem[:3], *problem[:3], out, out), (lse, counters),
             lengths, others,
             lambda: _hopper_calls().forward_launch(problem, out, lse, counters),
         )  # fmt: skip
@@ -179,15 +179,17 @@ def _mods(problem, memo, given):
     return mods
 
 
+def _parts_of(whole, splits) -> torch.Tensor:
+    """A tensor like `whole` of each split, uninitialised."""
+    return torch.empty((splits.num, *whole.shape), dtype=torch.float32, device=whole.device)
+
+
 def _decode(memo, problem, out, lse, others, splits: Splits, tile):
     """decode_kernel, and the merge of its parts if there are any."""
     to_out, to_lse, device = out, lse, problem.q.device
-    new = {"dtype": torch.float32, "device": device}
     if splits.num > 1:
-        to_out, to_lse = (
-            fresh(memo, name, lambda: torch.empty((splits.num, *whole.shape), **new))
-            for name, whole in (("out_parts", out), ("lse_parts", lse))
-        )
+        to_out = fresh(memo, "out_parts", lambda: _parts_of(out, splits))
+        to_lse = fresh(memo, "lse_parts", lambda: _parts_of(lse, splits))
         if problem.seqused_q is not None:
             to_lse.fill_(float("-inf"))
     call(

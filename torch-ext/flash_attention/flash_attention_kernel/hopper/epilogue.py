@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from ..common import LN2, at_head, row_at_head, row_operand
 from .compat import async_store
 from .pipeline import ROWS
+from .products import rescaled
 
 
 class Out(NamedTuple):
@@ -22,29 +23,38 @@ class Out(NamedTuple):
 
 
 @gluon.jit
-def normalised(out, acc, l_i, m_i, q_pos, tile, scale):
-    """Write the tile's rows of lse, +inf where there was no key. -> acc over its rows' sums, 0
-    where there was none."""
+def store_lse(out, l_i, m_i, q_pos, tile, scale):
+    """Write the tile's rows of lse, +inf where there was no key. -> by what its rows of out are to
+    be multiplied yet"""
     empty = l_i == 0.0
     inverse = 1.0 / gl.where(empty, 1.0, l_i)
     natural = (m_i * scale + gl.log2(l_i)) * LN2
     rows = row_operand(out.lse, out.nheads, out.q_lengths)
     lse = row_at_head(rows, tile.seq, tile.head, tile.q_first)
     gl.store(lse.ptr + q_pos, gl.where(empty, float("inf"), natural), mask=q_pos < tile.seqlen_q)
-    return acc * gl.convert_layout(inverse, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return inverse
 
 
 @gluon.jit
 def store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH: gl.constexpr, SPEC: gl.constexpr):
-    """Write the tile's rows of out and lse that are this consumer's."""
-    acc = normalised(out, acc, l_i, m_i, q_pos, tile, scale)
+    """Write the tile's rows of out, whose columns lie in the parts of acc, and of lse that are this
+    consumer's."""
+    acc = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile, scale))
+    store_part(out, acc[0], tile, 0, WHICH, SPEC)
+    if len(acc) == 2:
+        store_part(out, acc[1], tile, acc[0].shape[1], WHICH, SPEC)
+
+
+@gluon.jit
+def store_part(out, acc, tile, FIRST: gl.constexpr, WHICH: gl.constexpr, SPEC: gl.constexpr):
+    """Write rows of out, from column FIRST on."""
     to = at_head(out.out, tile.seq, tile.head, tile.q_first)
     COLS: gl.constexpr = acc.shape[1]
     # Whole rows, 16 bytes a thread: stored as the products lie, 4 bytes, a tile took 2 us longer.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
     result = gl.convert_layout(acc.to(to.ptr.dtype.element_ty), LAYOUT)
     rows = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    cols = gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
+    cols = FIRST + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
     ptrs = to.ptr + rows.to(gl.int64)[:, None] * to.seq + cols[None, :] * to.dim
     keep = (rows < tile.seqlen_q)[:, None] & (cols < SPEC.head_dim_v)[None, :]
     gl.store(ptrs, result, mask=keep)
@@ -53,8 +63,8 @@ def store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH: gl.constexpr, SPEC: gl.
 @gluon.jit
 def store_tile(out, q_tiles, acc, l_i, m_i, q_count, q_pos, tile, scale, WHICH: gl.constexpr):
     """`store` by the copy engine, from where the tile's queries were."""
-    acc = normalised(out, acc, l_i, m_i, q_pos, tile, scale)
-    q_tiles.tile(q_count, acc.shape[0], acc.shape[1]).store(acc.to(q_tiles.tiles.dtype))
+    part = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile, scale))[0]
+    q_tiles.tile(q_count, part.shape[0], part.shape[1]).store(part.to(q_tiles.tiles.dtype))
     fence_async_shared()
     place = q_tiles.tiles.index(q_count % q_tiles.STAGES)
     async_store(out.tiles, [tile.seq, tile.start_m + WHICH * ROWS, tile.head, 0], place)

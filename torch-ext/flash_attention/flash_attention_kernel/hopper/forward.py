@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -23,15 +22,16 @@ from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from ..softmax import softmax_step, with_sink
 from .epilogue import Out, store, store_tile
-from .pipeline import (
-    ROWS,
-    inner_product,
-    make_channel,
-    make_notes,
-    make_tiles,
-    product_layout,
-    scrub,
-    spares_quarter,
+from .pipeline import ROWS, make_channel, make_notes, make_tiles, product_layout
+from .products import (
+    Rings,
+    add_values,
+    awaited,
+    clean,
+    groups_of_products,
+    products,
+    rescaled,
+    zero_output,
 )
 from .schedule import (
     TILE_FIELDS,
@@ -47,17 +47,6 @@ from .schedule import (
 )
 
 
-class Rings(NamedTuple):
-    """What passes between the warps."""
-
-    q: Any
-    k: Any
-    q_more: Any  # columns of Q and K past BLOCK_D, by the barriers of q and k; or None
-    k_more: Any
-    v: Any
-    notes: Any
-
-
 class Given(NamedTuple):
     """Descriptors of what is loaded, as in Rings."""
 
@@ -66,6 +55,7 @@ class Given(NamedTuple):
     q_more: Any
     k_more: Any
     v: Any
+    v_more: Any
 
 
 @gluon.jit
@@ -80,7 +70,7 @@ def place_of_keys(entry, row, seq, paging, SPEC: gl.constexpr):
 
 @gluon.jit
 def fill(channel, desc, more_desc, more, coords, count):
-    """Have a tile of Q or K copied, and its columns past BLOCK_D, if there are any."""
+    """Have a tile copied, and the columns past its own, if there are any."""
     if more is None:
         channel.fill(desc, coords, count)
     else:
@@ -126,7 +116,7 @@ def load(
                     q_coords = [q_entry, q_row, tile.head, 0]
                     fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
                     q_count += 1
-            rings.v.fill(given.v, coords, kv_count)
+            fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
             row -= BLOCK_N
             kv_count += 1
         if tile.blocks <= 0:
@@ -150,41 +140,6 @@ def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr):
         )
         scores = gl.where(keep, scores, float("-inf"))
     return scores
-
-
-@gluon.jit
-def rescaled(acc, alpha):
-    """The output so far, acc, times its rows' alpha."""
-    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-
-
-@gluon.jit
-def factor(weights, acc, DTYPE: gl.constexpr):
-    """Softmax weights as the left factor of the product with V, in registers."""
-    return gl.convert_layout(weights.to(DTYPE), gl.DotOperandLayout(0, acc.type.layout, 2))
-
-
-@gluon.constexpr_function
-def groups_of_products(split, HEAD_DIM, BLOCK_D):
-    """How many groups of products `products` has under way."""
-    return 2 if split or spares_quarter(HEAD_DIM, BLOCK_D) else 1
-
-
-@gluon.jit
-def products(
-    q_count, k_count, rings, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
-):
-    """QKᵀ of two tiles, [ROWS, BLOCK_N], under way: one group of products, or two."""
-    LAYOUT: gl.constexpr = product_layout(BLOCK_N)
-    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
-    q_tile, k_tile = rings.q.tile(q_count, ROWS, BLOCK_D), rings.k.tile(k_count, BLOCK_N, BLOCK_D)
-    qk = inner_product(q_tile, k_tile, zeros, SPEC.head_dim, BLOCK_D)
-    if rings.k_more is not None:
-        MORE: gl.constexpr = rings.k_more.shape[4]
-        q_tile = rings.q_more.index(q_count % rings.q.STAGES).reshape([ROWS, MORE])
-        k_tile = rings.k_more.index(k_count % rings.k.STAGES).reshape([BLOCK_N, MORE])
-        qk = warpgroup_mma(q_tile, k_tile.permute((1, 0)), qk, is_async=True)
-    return qk
 
 
 @gluon.jit
@@ -213,22 +168,13 @@ def first_products_alone(
 
 
 @gluon.jit
-def clean(v_tiles, count, tile, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr):
-    """Scrub V's first block, which alone may have rows of another sequence."""
-    if tile.seqlen_k < tile.last_n + BLOCK_N:
-        v_tile = v_tiles.receive(count, BLOCK_N, BLOCK_DV)
-        scrub(v_tile, tile.seqlen_k - tile.last_n, BLOCK_N, BLOCK_DV)
-
-
-@gluon.jit
 def weights_of(
     acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, DTYPE: gl.constexpr
 ):
-    """Block i's softmax -> (acc rescaled, l_i, m_i, weights as the left factor of PV)"""
+    """Block i's softmax -> (acc rescaled, l_i, m_i, weights)"""
     scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC)
     weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
-    acc = rescaled(acc, alpha)
-    return acc, l_i, m_i, factor(weights, acc, DTYPE)
+    return rescaled(acc, alpha), l_i, m_i, weights.to(DTYPE)
 
 
 @gluon.jit
@@ -242,11 +188,10 @@ def step(
     )
     rings.k.wait(kv_count + i + 1)
     qk = products(q_count, kv_count + i + 1, rings, SPEC, BLOCK_N, BLOCK_D)
-    v_tile = rings.v.receive(kv_count + i, BLOCK_N, BLOCK_DV)
-    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
-    qk = warpgroup_mma_wait(1, deps=[qk])
+    acc = add_values(acc, p, kv_count + i, rings, BLOCK_N)
+    qk = warpgroup_mma_wait(len(acc), deps=[qk])
     rings.k.release(kv_count + i + 1)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    acc = awaited(acc, 0)
     rings.v.release(kv_count + i)
     return acc, l_i, m_i, qk
 
@@ -263,13 +208,12 @@ def last_step(
     acc, l_i, m_i, p = weights_of(
         acc, l_i, m_i, qk, last, q_pos, tile, mods, head_mods, SPEC, rings.q.tiles.dtype
     )
-    v_tile = rings.v.receive(kv_count + last, BLOCK_N, BLOCK_DV)
-    acc = warpgroup_mma(p, v_tile, acc, is_async=True)
+    acc = add_values(acc, p, kv_count + last, rings, BLOCK_N)
     blocks = value_of_note(rings.notes, tile_count)
     next_k = kv_count + tile.blocks
     qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, SPEC, BLOCK_N, BLOCK_D)
     LATER: gl.constexpr = groups_of_products(rings.k_more is not None, SPEC.head_dim, BLOCK_D)
-    acc = warpgroup_mma_wait(LATER, deps=[acc])
+    acc = awaited(acc, LATER)
     rings.v.release(kv_count + last)
     scale = exponent_scale(mods, SPEC)
     if out.tiles is None:
@@ -293,10 +237,9 @@ def attend(
 ):  # fmt: skip
     """All the tile's keys, from the products of the first block on, and its rows of out and lse.
     -> (first products of the next tile, its blocks)"""
-    O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
-    acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
+    acc = zero_output(rings, BLOCK_DV)
     if SCRUB:
-        clean(rings.v, kv_count, tile, BLOCK_N, BLOCK_DV)
+        clean(rings, kv_count, tile, BLOCK_N, BLOCK_DV)
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
             acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
@@ -343,8 +286,7 @@ def multiply(
             q_count += BLOCK_M // ROWS
             kv_count += tile.blocks
         else:
-            O_LAYOUT: gl.constexpr = product_layout(BLOCK_DV)
-            acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, O_LAYOUT)
+            acc = zero_output(rings, BLOCK_DV)
             if tile.start_m >= 0:
                 store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)
@@ -353,17 +295,17 @@ def multiply(
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_forward_kernel(
-    q, k, v, q_more, k_more, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k, seqused_q,
-    seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads, total,
-    head_group, table, columns, batch_idx, entries, mods, SPEC: gl.constexpr, SCRUB: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr, Q_TILES: gl.constexpr,
+    q, k, v, q_more, k_more, v_more, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k,
+    seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads,
+    total, head_group, table, columns, batch_idx, entries, mods, SPEC: gl.constexpr,
+    SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
-    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, q_more and k_more of
-    the columns past these, or None, out an Operand, out_tiles its descriptor where a tile has
-    nothing but its sequence's rows, as many as Q's, and two tiles of Q fit, or None; lse a pointer,
-    counters Schedule's, table to entries a Paging's."""
+    (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, q_more, k_more and
+    v_more of the columns past these, or None, out an Operand, out_tiles its descriptor where a tile
+    has nothing but its sequence's rows, as many as Q's, and two tiles of Q fit, or None; lse a
+    pointer, counters Schedule's, table to entries a Paging's."""
     paging = Paging(table, columns, batch_idx, entries)
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
@@ -374,13 +316,16 @@ def hopper_forward_kernel(
     v_tiles = make_channel(v, STAGES, CONSUMERS)
     q_rest = None
     k_rest = None
+    v_rest = None
+    if v_more is not None:
+        v_rest = make_tiles(v_more, STAGES)
     if k_more is not None:
         q_rest = make_tiles(q_more, Q_TILES * CONSUMERS)
         k_rest = make_tiles(k_more, STAGES)
     notes = make_notes(TILE_FIELDS, CONSUMERS)
-    rings = Rings(q_tiles, k_tiles, q_rest, k_rest, v_tiles, notes)
+    rings = Rings(q_tiles, k_tiles, q_rest, k_rest, v_tiles, v_rest, notes)
     call = Call(q_lengths, k_lengths, mods, nheads, schedule)
-    given = Given(q, k, q_more, k_more, v)
+    given = Given(q, k, q_more, k_more, v, v_more)
     to = Out(out, out_tiles, lse, q_lengths, nheads)
     if CONSUMERS == 2:
         gl.warp_specialize(
