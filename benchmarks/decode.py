@@ -1,11 +1,14 @@
-"""Decoding beside SDPA's GQA path and a device copy, in one run, by medians: GB/s of K and V read.
+"""Decoding beside SDPA's GQA path and a device copy that moves as many bytes, in one run: medians.
 
     python benchmarks/decode.py [--csv FILE]
     python benchmarks/decode.py --tune 1x131072 64x4096/page16
 
 Points are batch x cache with 32 query heads, 8 KV heads, head_dim 128, bfloat16, one query: then
-with pages of 16 rows, ragged lengths, and 4 and 8 queries. The host's time per call and a graph's
-replay are measured at 1 x 4,096. --tune times tiles and splits instead (tuned/*.json).
+with pages of 16 rows, ragged lengths, and 4 and 8 queries. us: a graph's replay between two events,
+which takes 4 to 5 us if there is nothing to do; kernels us: from the start of the first kernel to
+the end of the last, by the profiler, and by that GB/s of K and V, and the part of the copy's. The
+host's time per call and a graph's replay are measured at 1 x 4,096. --tune times tiles and splits
+instead (tuned/*.json).
 """
 
 import argparse
@@ -24,6 +27,8 @@ import torch.nn.functional as F
 from peers import ROOT, load_kernel
 from run import environment
 from tabulate import tabulate
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from triton.testing import do_bench
 
 HEADS, HEADS_K, DIM, DTYPE = 32, 8, 128, torch.bfloat16
@@ -112,29 +117,55 @@ def time_ms(function):
     return do_bench(function, warmup=50, rep=200, return_mode="median")
 
 
-def copy_bandwidth() -> float:
-    """GB/s, bytes read plus bytes written, of a copy of 2 GiB."""
-    source = torch.randn(1 << 30, device="cuda", dtype=DTYPE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / time_ms(lambda: target.copy_(source)) / 1e6
+def kernels_us(function, calls=20):
+    """Median microseconds from the start of a call's first kernel to the end of its last, the L2
+    emptied before."""
+    empty_l2 = torch.empty(1 << 28, dtype=torch.int8, device="cuda").zero_
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(calls):
+            empty_l2()  # meanwhile the host gets ahead
+            function()
+        torch.cuda.synchronize()
+    kernels = sorted(
+        (e for e in recorded.events() if e.device_type == DeviceType.CUDA),
+        key=lambda event: event.time_range.start,
+    )
+    spans = []
+    for kernel in kernels:
+        start, end = kernel.time_range.start, kernel.time_range.end
+        if kernel.name == kernels[0].name:
+            spans.append(None)
+        else:
+            first, last = spans[-1] or (start, end)
+            spans[-1] = (first, max(last, end))
+    return median(end - start for start, end in spans)
+
+
+def copy_of(size):
+    """A device copy that reads and writes `size` bytes."""
+    source, target = (torch.randn(size // 4, device="cuda", dtype=DTYPE) for _ in "st")
+    return lambda: target.copy_(source)
 
 
 def measure(points):
-    """-> rows of name, queries, us, GB/s, of the copy, SDPA's GB/s"""
-    copy = copy_bandwidth()
-    print(f"device copy: {copy:.0f} GB/s")
+    """-> rows of name, queries, us, kernels us, GB/s, of the copy, SDPA's kernels us"""
     rows = []
     for point in points:
         inputs = random_inputs(point)
         size = kv_bytes(inputs)
-        ms = time_ms(captured(functools.partial(ours, inputs)))
-        theirs = None
+        call = functools.partial(ours, inputs)
+        us, kernels = time_ms(captured(call)) * 1e3, kernels_us(call)
+        copy, theirs = kernels_us(copy_of(size)), None
         if not (point.page or point.ragged or point.queries > 1):
-            theirs = size / time_ms(captured(sdpa(inputs))) / 1e6
-        rate = size / ms / 1e6
-        rows.append((point.name(), point.queries, ms * 1e3, rate, rate / copy, theirs))
+            theirs = kernels_us(sdpa(inputs))
+        rows.append(
+            (point.name(), point.queries, us, kernels, size / kernels / 1e3, copy / kernels, theirs)
+        )
         torch.cuda.empty_cache()
-    return copy, rows
+    return rows
 
 
 def host_us(function, calls=200, rounds=15):
@@ -245,21 +276,20 @@ def main():
         return 0
     about = environment(torch.device("cuda"))
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    copy, rows = measure(POINTS)
-    header = ["batch x cache", "queries", "us", "GB/s", "of copy", "SDPA GB/s"]
-    print(tabulate(rows, header, floatfmt=(".4g", ".4g", ".1f", ".0f", ".3f", ".0f")))
+    header = ["batch x cache", "queries", "us", "kernels us", "GB/s", "of copy", "SDPA kernels us"]
+    rows = measure(POINTS)
+    print(tabulate(rows, header, floatfmt=(".4g", ".4g", ".1f", ".1f", ".0f", ".3f", ".1f")))
     host = measure_host()
     print(tabulate(host, ["", "us"], floatfmt=".1f"))
     with args.csv.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*about, "point", "queries", "us", "GB/s", "of copy", "SDPA GB/s"])
-        writer.writerow([*about.values(), "device copy", "", "", f"{copy:.0f}", 1, ""])
+        writer.writerow([*about, "point", *header[1:]])
         for row in rows:
             writer.writerow(
                 [*about.values(), *(f"{x:.4g}" if isinstance(x, float) else x for x in row)]
             )
         for name, us in host:
-            writer.writerow([*about.values(), name, "", f"{us:.4g}", "", "", ""])
+            writer.writerow([*about.values(), name, "", f"{us:.4g}", *[""] * 4])
     return 0
 
 
