@@ -167,12 +167,11 @@ def _check_dropout(dropout_p):
 
 def _append(problem, k, v, cos, sin, interleaved):
     """Write k and v into the cache -> the problem with q turned, and the lengths afterwards."""
-    each = problem.causal or problem.window_left >= 0 or problem.window_right >= 0
     with torch.no_grad():
         seqused, q = ops.append_eager(
             problem.q, k, v, problem.k, problem.v, cos, sin, problem.cu_seqlens_q,
             problem.seqused_k, problem.block_table, problem.cache_batch_idx, bool(interleaved),
-            each,
+            problem.is_masked(),
         )  # fmt: skip
     return problem._replace(q=problem.q if cos is None else q, seqused_k=seqused)
 

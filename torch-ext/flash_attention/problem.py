@@ -183,6 +183,10 @@ class AttentionProblem(NamedTuple):
         """Whether a sequence's result must not depend on the batch, not in a bit."""
         return self.batch_invariant or self.num_splits == 1
 
+    def is_masked(self) -> bool:
+        """Whether some queries see other keys than others."""
+        return self.causal or self.window_left >= 0 or self.window_right >= 0
+
     def tensors(self):
         """The fields that are tensors or None."""
         return self[:14]

@@ -156,9 +156,8 @@ def operand(tensor) -> Operand:
 def tile_for(kernel: str, arch: str, problem) -> TileConfig:
     """The table's config for a kernel of this problem."""
     q, v = problem.q, problem.v
-    masked = problem.causal or problem.window_left >= 0 or problem.window_right >= 0
     dims = (q.shape[-1], v.shape[-1])
-    return choose(kernel, arch, q.dtype, *dims, masked, problem.weight())
+    return choose(kernel, arch, q.dtype, *dims, problem.is_masked(), problem.weight())
 
 
 def _tile(kernel: str, problem) -> TileConfig:
