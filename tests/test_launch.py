@@ -186,3 +186,41 @@ def test_tile_of_many_programs(module, monkeypatch, words, page):
         problem = make_problem(q, cache, cache, options, 32, block_table=table)
         tiles.append(cache_calls.decode_tile(problem))
     assert (tiles[0] == tiles[1]) == bool(words)
+
+
+@pytest.mark.parametrize(
+    "seqlen, causal, group", ((1024, False, 16), (1024, True, 64), (16384, False, 2))
+)
+def test_heads_of_a_group(module, monkeypatch, seqlen, causal, group):
+    """Of the forward on sm_90: with a mask as many as have room in the L2, else as fill the
+    device."""
+    hopper_calls = module("flash_attention_kernel.hopper_calls")
+    monkeypatch.setattr(hopper_calls, "multiprocessors", lambda device: 132)
+    q = torch.empty(16384 // seqlen, seqlen, 16, 128, dtype=torch.float16, device="meta")
+    problem = module("problem").AttentionProblem.dense(
+        q, q, q, module("options").Options(causal=causal)
+    )
+    per_head, heads, total, found = hopper_calls.forward_schedule(problem, 128)
+    assert (per_head, heads, total) == (seqlen // 128, 16 * 16384 // seqlen, 16384 // 128 * 16)
+    assert found == group
+
+
+def test_signature(module):
+    """There is none of a tensor without strides; what cannot be hashed, or may hide data, is not
+    kept, nor is a call on a CPU."""
+    remembered = module("remembered")
+    q = torch.zeros(2, 4)
+    assert remembered.signature((q, None), 1.0, True) == remembered.signature(
+        (q + 1, None), 1.0, True
+    )
+    assert remembered.signature((q, None), 1.0) != remembered.signature((q.t(), None), 1.0)
+    assert remembered.signature((torch.nn.Parameter(q),)) is None
+    assert remembered.signature((q.to_sparse(),)) is None
+    nested = torch.nested.nested_tensor([q, q[:1]])
+    assert remembered.signature((nested,)) is None
+    before = dict(remembered.known)
+    for part in (q, [1, 2], torch.tensor(1.0)):
+        key = remembered.signature((), part)
+        assert remembered.find(key) is None and remembered.keep(key, ()) is None
+    assert remembered.keep(remembered.signature((q,), 1.0), ()) is None
+    assert remembered.known == before

@@ -14,7 +14,7 @@ TABLE_HEAD_DIMS = (64, 128, 256, 512)  # the tables' rows; a head_dim uses the n
 KERNELS = ("forward", "dq", "dkdv", "tiles", "decode")  # tiles: those of score_tiles.py
 DECODE_ROWS = (16, 32, 64)  # decode_kernel's BLOCK_M: the fewest that hold a sequence's rows
 HOPPER_DIMS = (64, 128, 256)  # hopper/: a head_dim uses the next one up
-HOPPER_SPLIT = (128, 64)  # the columns of Q's and K's two tiles, in its forward, for 129 to 192
+HOPPER_SPLIT = (128, 64)  # the columns of two tiles of Q, K or V, in its forward, for 129 to 192
 DECODE_KINDS = ("pages", "many", "pages-many")  # what may have tiles of its own: see choose_decode
 SMALL_PAGE = 128  # pages whose rows are no multiple of it may have tiles of their own
 

@@ -99,7 +99,7 @@ def _schedule(per_head, heads, group) -> tuple:
 
 
 def _heads_that_fill(problem, per_head) -> int:
-    """How many have a block for each multiprocessor, of so many per head."""
+    """The fewest heads, of so many blocks each, that have one for every multiprocessor."""
     return -(-multiprocessors(problem.q.device) // max(per_head, 1))
 
 
