@@ -21,7 +21,9 @@ MATH_LIMIT = 1 << 31  # sdpa-math stores the scores: skipped where they number m
 
 
 class Shape(NamedTuple):
-    """One point: every peer gets q, k, v of this shape, on random data."""
+    """One point: every peer gets q, k, v of this shape, random or zeros. An H200 at its power limit
+    slows down; zeros, which toggle no bits, it multiplies at its full clock, and figures repeat to
+    0.2 %: they compare schedules, random data what is gained by them."""
 
     batch_size: int
     num_heads: int
@@ -29,6 +31,7 @@ class Shape(NamedTuple):
     head_dim: int
     causal: bool
     dtype: str = "bfloat16"
+    zeros: bool = False
 
     def flops(self, backward=False) -> float:
         """The usual count: 4 B H N² D forward, half if causal, 2.5 times that backward."""
@@ -55,10 +58,12 @@ def load_kernel():
 
 
 def random_inputs(shape: Shape, device):
-    """q, k, v, dout in [batch, seqlen, heads, head_dim], requiring grad but for dout."""
+    """q, k, v, dout in [batch, seqlen, heads, head_dim], requiring grad but for dout; all zeros if
+    the shape says so."""
     size = (shape.batch_size, shape.seq_len, shape.num_heads, shape.head_dim)
+    new = torch.zeros if shape.zeros else torch.randn
     dtype = getattr(torch, shape.dtype)
-    q, k, v, dout = (torch.randn(size, device=device, dtype=dtype) for _ in range(4))
+    q, k, v, dout = (new(size, device=device, dtype=dtype) for _ in range(4))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 

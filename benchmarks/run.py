@@ -1,11 +1,12 @@
 """Ours beside SDPA's backends and compiled flex_attention, in one run, by medians.
 
     python benchmarks/run.py --batch-size 4 --num-heads 8 --seq-len 512 --head-dim 64 --causal
-    python benchmarks/run.py --preset anchors --mode bwd
+    python benchmarks/run.py --preset anchors --mode bwd --turns 3 --only ours cudnn
 
 Modes: fwd and bwd print TFLOP/s; host and host-bwd print microseconds of host time per forward
 call, and per forward and backward, at a tiny shape; memory prints the peak beyond the inputs in
-MiB. Rows are appended to a CSV with device, versions, commit and date.
+MiB. Rows are appended to a CSV with device, versions, commit and date. At a point the peers are
+measured one after the other, --turns times: how hot the card is by then moves a figure by 8 %.
 """
 
 import argparse
@@ -142,18 +143,20 @@ def compile_flex(shape):
     torch.autograd.grad(fn(q, k, v), (q, k, v), dout)
 
 
-def run_point(shape, mode, device, only):
-    """Name -> figure, or None where the peer cannot."""
-    figures = {}
-    for name, fn in peers(shape, device.type, only).items():
-        try:
-            figures[name] = MEASURE[mode](fn, shape, device)
-        except (RuntimeError, NotImplementedError) as error:
-            figures[name] = None
-            print(f"  {name} cannot: {str(error).splitlines()[0][:90]}", file=sys.stderr)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return figures
+def run_point(shape, mode, device, only, turns):
+    """Name -> figure, the median of all turns, or None where the peer cannot."""
+    able = dict(peers(shape, device.type, only))
+    figures = {name: [] for name in able}
+    for _ in range(turns):
+        for name, fn in list(able.items()):
+            try:
+                figures[name].append(MEASURE[mode](fn, shape, device))
+            except (RuntimeError, NotImplementedError) as error:
+                del able[name]
+                print(f"  {name} cannot: {str(error).splitlines()[0][:90]}", file=sys.stderr)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return {name: median(found) if name in able else None for name, found in figures.items()}
 
 
 def parse_args():
@@ -164,6 +167,8 @@ def parse_args():
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--zeros", action="store_true", help="not random data: see peers.Shape")
+    parser.add_argument("--turns", type=int, default=1, help="of the peers at each point")
     parser.add_argument("--mode", default="fwd", choices=tuple(MEASURE))
     parser.add_argument("--preset", choices=("anchors",), help="the twelve points of ANCHORS.md")
     parser.add_argument("--warm", action="store_true", help="compile flex for all points at once")
@@ -179,10 +184,11 @@ def main():
     if args.mode == "memory" and device.type != "cuda":
         print("--mode memory needs a GPU: torch does not count CPU memory", file=sys.stderr)
         return 2
-    shapes = tuple(shape._replace(dtype=args.dtype) for shape in ANCHORS)
+    shapes = ANCHORS
     if args.preset is None:
         point = (args.batch_size, args.num_heads, args.seq_len, args.head_dim, args.causal)
-        shapes = (Shape(*point, args.dtype),)
+        shapes = (Shape(*point),)
+    shapes = tuple(shape._replace(dtype=args.dtype, zeros=args.zeros) for shape in shapes)
     about = environment(device)
     print(f"{args.mode}, {UNITS[args.mode]}; " + ", ".join(f"{k} {v}" for k, v in about.items()))
 
@@ -191,7 +197,7 @@ def main():
             pool.map(compile_flex, shapes, chunksize=1)
     records, names = [], []
     for shape in shapes:
-        figures = run_point(shape, args.mode, device, args.only)
+        figures = run_point(shape, args.mode, device, args.only, args.turns)
         names += [name for name in figures if name not in names]
         records.append((shape, figures))
         append_csv(args, about, shape, figures)
