@@ -23,7 +23,7 @@ MATH_LIMIT = 1 << 31  # sdpa-math stores the scores: skipped where they number m
 class Shape(NamedTuple):
     """One point: every peer gets q, k, v of this shape, random or zeros. An H200 at its power limit
     slows down; zeros, which toggle no bits, it multiplies at its full clock, and figures repeat to
-    0.2 %: they compare schedules, random data what is gained by them."""
+    0.6 %: they compare schedules, random data what is gained by them."""
 
     batch_size: int
     num_heads: int

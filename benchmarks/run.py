@@ -6,7 +6,7 @@
 Modes: fwd and bwd print TFLOP/s; host and host-bwd print microseconds of host time per forward
 call, and per forward and backward, at a tiny shape; memory prints the peak beyond the inputs in
 MiB. Rows are appended to a CSV with device, versions, commit and date. At a point the peers are
-measured one after the other, --turns times: how hot the card is by then moves a figure by 8 %.
+measured one after the other, --turns times: how hot the card is moves a figure by up to 9 %.
 """
 
 import argparse
@@ -175,7 +175,10 @@ def parse_args():
     parser.add_argument("--only", nargs="+", help="measure these peers alone")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "runs.csv")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.turns < 1:
+        parser.error(f"--turns must be at least 1, got {args.turns}")
+    return args
 
 
 def main():

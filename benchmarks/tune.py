@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py [--head-dims 64 128 256] [--kernels forward dq dkdv]
         [--kinds full causal bias dropout] --out tuned.json
-    python benchmarks/tune.py --kernels hopper --out tuned.json
+    python benchmarks/tune.py --kernels hopper [--head-dims 64 128 192 256] --out tuned.json
 
 Candidates are compiled in parallel first (Triton's disk cache carries them over); those that do not
 fit or spill much are dropped, the rest measured at three sequence lengths and ranked by the
@@ -52,6 +52,9 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "128/full": "128,128,2,2 128,128,2,1 128,64,4,2 128,64,3,2",
     "128/full-short": "128,128,2,2 128,128,2,1 128,64,4,2",
     "128/causal": "128,128,2,2 128,128,2,1 128,64,4,2",
+    "192/full": "128,64,2,1 128,64,2,2 128,64,3,1",
+    "192/full-short": "128,64,2,1 128,64,2,2 128,64,3,1",
+    "192/causal": "128,64,2,1 128,64,2,2 128,64,3,1",
     "256/full": "128,64,2,1 128,32,4,1 128,32,3,1",
     "256/full-short": "128,64,2,1 128,32,4,1 128,32,3,1",
     "256/causal": "128,64,2,1 128,32,4,1 128,32,3,1",

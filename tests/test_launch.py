@@ -205,10 +205,11 @@ def test_heads_of_a_group(module, monkeypatch, seqlen, causal, group):
     assert found == group
 
 
-def test_signature(module):
+def test_signature(module, monkeypatch):
     """There is none of a tensor without strides; what cannot be hashed, or may hide data, is not
-    kept, nor is a call on a CPU."""
+    kept, nor is a call on a CPU; one on a GPU is."""
     remembered = module("remembered")
+    monkeypatch.setattr(remembered, "known", {})
     q = torch.zeros(2, 4)
     assert remembered.signature((q, None), 1.0, True) == remembered.signature(
         (q + 1, None), 1.0, True
@@ -218,9 +219,11 @@ def test_signature(module):
     assert remembered.signature((q.to_sparse(),)) is None
     nested = torch.nested.nested_tensor([q, q[:1]])
     assert remembered.signature((nested,)) is None
-    before = dict(remembered.known)
     for part in (q, [1, 2], torch.tensor(1.0)):
         key = remembered.signature((), part)
         assert remembered.find(key) is None and remembered.keep(key, ()) is None
     assert remembered.keep(remembered.signature((q,), 1.0), ()) is None
-    assert remembered.known == before
+    assert not remembered.known
+    key = (*remembered.signature((), 1.0, (2, 4)), torch.device("cuda", 0))
+    memo = remembered.keep(key, (True,))
+    assert remembered.find(key) == ((True,), memo) and remembered.find(key)[1] is memo

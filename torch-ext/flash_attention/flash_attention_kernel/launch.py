@@ -54,7 +54,8 @@ def _readable(problem, memo):
         memo["is_by_rows"] = all(tensor.stride(-1) <= 1 for tensor in problem[:3])
     if memo["is_by_rows"]:
         return problem
-    return problem._replace(**{name: _by_rows(getattr(problem, name)) for name in ("q", "k", "v")})
+    q, k, v = map(_by_rows, problem[:3])
+    return problem._replace(q=q, k=k, v=v)
 
 
 def _captured(device) -> bool:
