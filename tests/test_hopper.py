@@ -257,9 +257,54 @@ def test_strided(kernel, launch, device):
     assert "forward" in launch.ran
 
 
+RAMPS = {  # what is added to the scores of each key, of which the last are read first
+    "rising": lambda keys: 80.0 - keys / 10,
+    "steep": lambda keys: 30.0 * (6 - keys // 128),
+    "falling": lambda keys: keys / 10,
+    "low": lambda keys: torch.full_like(keys, -900.0),
+    "jump": lambda keys: torch.where(keys == 133, 200.0, 0.0),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
+@pytest.mark.parametrize("head_dim", (64, 128, 192))
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_maxima(kernel, launch, device, ramp, head_dim, dtype):
+    """Rows whose maximum rises a little or much from block to block, or never, or lies in one key;
+    in every other row all scores are small, so that a warp has both kinds; full and causal."""
+    q, k, v, dout = torch.randn(4, 1, 770, 2, head_dim, device=device)
+    keys = torch.arange(770.0, device=device)
+    q[..., 0] = torch.where(keys % 2 == 0, head_dim**0.5, 0.0)[:, None]
+    k[..., 0] = RAMPS[ramp](keys)[:, None]
+    inputs = [t.to(dtype) for t in (q, k, v, dout)]
+    for options in (
+        {},
+        {"causal": True},
+        {"s_aux": torch.tensor([20.0, -20.0], device=device, dtype=dtype)},
+    ):
+        results = run(kernel, *inputs, None, options)
+        assert "hopper" in launch.ran
+        check(results, *inputs, None, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", (64, 128, 256))
+def test_rows_alone(kernel, launch, device, head_dim):
+    """A row's result does not depend on the others of its tile, by a bit."""
+    q, k, v = torch.randn(3, 2, 700, 3, head_dim, device=device, dtype=torch.bfloat16)
+    other = q.clone()
+    other[:, ::3] *= 30
+    outs = [kernel.flash_attn_func(t, k, v, causal=True) for t in (q, other)]
+    assert launch.ran == {"hopper"}
+    for first in (1, 2):
+        assert torch.equal(outs[0][:, first::3], outs[1][:, first::3])
+    assert not torch.equal(*outs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("page", (128, 256))
-@pytest.mark.parametrize("head_dim", (64, 128, 256))
+@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
 def test_cache(kernel, launch, device, head_dim, page):
     """Pages of whole tiles and entries of a cache give what the rows themselves give, bit by bit;
     what is in no sequence is NaN."""

@@ -59,7 +59,8 @@ LAYERS = {
     },
     "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
     "flash_attention_kernel/hopper/sums": {"compat", "masks", "pipeline", "schedule"},
-    "flash_attention_kernel/hopper/products": {"pipeline"},
+    "flash_attention_kernel/hopper/softmax": {"pipeline", "softmax"},
+    "flash_attention_kernel/hopper/products": {"pipeline", "softmax"},
     "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline", "products"},
     "flash_attention_kernel/hopper/forward": {
         "epilogue", "masks", "pages", "pipeline", "products", "schedule", "scores", "seqlen",

@@ -30,11 +30,12 @@ def with_sink(l_i, m_i, mods, head, has_keys, scale):
 
 
 @triton.jit
-def softmax_step(l_i, m_i, scores, scale, ANY_INF: tl.constexpr):
-    """Fold one block of scores [BLOCK_M, BLOCK_N] into the running sum and maximum, both [BLOCK_M].
+def online_softmax_update(acc, l_i, m_i, scores, scale, ANY_INF: tl.constexpr):
+    """Fold one block of scores [BLOCK_M, BLOCK_N] into the output so far, acc [BLOCK_M, BLOCK_D],
+    the running sum and the running maximum, both [BLOCK_M].
 
     m_i has the scores' units and `scale` turns those into log2 units. ANY_INF: a row's scores may
-    all be -inf. -> (p, alpha [BLOCK_M], by which the output so far is to be multiplied, l_i, m_i)
+    all be -inf. -> (p, acc, l_i, m_i)
     """
     m_new = tl.maximum(m_i, tl.max(scores, 1))
     m_log2 = m_new * scale
@@ -42,15 +43,7 @@ def softmax_step(l_i, m_i, scores, scale, ANY_INF: tl.constexpr):
         m_log2 = tl.where(m_new == float("-inf"), 0.0, m_log2)
     p = tl.exp2(scores * scale - m_log2[:, None])
     alpha = tl.exp2(m_i * scale - m_log2)
-    return p, alpha, l_i * alpha + tl.sum(p, 1), m_new
-
-
-@triton.jit
-def online_softmax_update(acc, l_i, m_i, scores, scale, ANY_INF: tl.constexpr):
-    """`softmax_step`, with the output so far, acc [BLOCK_M, BLOCK_D], rescaled.
-    -> (p, acc, l_i, m_i)"""
-    p, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, scale, ANY_INF)
-    return p, acc * alpha[:, None], l_i, m_i
+    return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
 
 
 @triton.jit

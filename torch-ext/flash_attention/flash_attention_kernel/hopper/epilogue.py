@@ -23,12 +23,12 @@ class Out(NamedTuple):
 
 
 @gluon.jit
-def store_lse(out, l_i, m_i, q_pos, tile, scale):
-    """Write the tile's rows of lse, +inf where there was no key. -> by what its rows of out are to
-    be multiplied yet"""
+def store_lse(out, l_i, m_i, q_pos, tile):
+    """Write the tile's rows of lse, +inf where there was no key; m_i is in log2 units. -> by what
+    its rows of out are to be multiplied yet"""
     empty = l_i == 0.0
     inverse = 1.0 / gl.where(empty, 1.0, l_i)
-    natural = (m_i * scale + gl.log2(l_i)) * LN2
+    natural = (m_i + gl.log2(l_i)) * LN2
     rows = row_operand(out.lse, out.nheads, out.q_lengths)
     lse = row_at_head(rows, tile.seq, tile.head, tile.q_first)
     gl.store(lse.ptr + q_pos, gl.where(empty, float("inf"), natural), mask=q_pos < tile.seqlen_q)
@@ -36,10 +36,10 @@ def store_lse(out, l_i, m_i, q_pos, tile, scale):
 
 
 @gluon.jit
-def store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH: gl.constexpr, SPEC: gl.constexpr):
+def store(out, acc, l_i, m_i, q_pos, tile, WHICH: gl.constexpr, SPEC: gl.constexpr):
     """Write the tile's rows of out, whose columns lie in the parts of acc, and of lse that are this
     consumer's."""
-    acc = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile, scale))
+    acc = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile))
     store_part(out, acc[0], tile, 0, WHICH, SPEC)
     if len(acc) == 2:
         store_part(out, acc[1], tile, acc[0].shape[1], WHICH, SPEC)
@@ -61,9 +61,9 @@ def store_part(out, acc, tile, FIRST: gl.constexpr, WHICH: gl.constexpr, SPEC: g
 
 
 @gluon.jit
-def store_tile(out, q_tiles, acc, l_i, m_i, q_count, q_pos, tile, scale, WHICH: gl.constexpr):
+def store_tile(out, q_tiles, acc, l_i, m_i, q_count, q_pos, tile, WHICH: gl.constexpr):
     """`store` by the copy engine, from where the tile's queries were."""
-    part = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile, scale))[0]
+    part = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile))[0]
     q_tiles.tile(q_count, part.shape[0], part.shape[1]).store(part.to(q_tiles.tiles.dtype))
     fence_async_shared()
     place = q_tiles.tiles.index(q_count % q_tiles.STAGES)

@@ -3,8 +3,9 @@
 Persistent: every program draws tiles, longest first, and loads the next under the end of this one.
 A consumer computes the softmax of a block, then has its PV and the next block's QKᵀ in flight
 together; the tensor cores work for one consumer while the others are at their softmax, as in
-FlashAttention-3 (Shah et al. 2024). What is carried round the loop is a block's scores, in float32:
-its weights in half precision cost 64 instructions a step to unpack and pack again.
+FlashAttention-3 (Shah et al. 2024), which softmax.py makes short enough that they hardly pause: at
+D 128 each multiplies for 1,150 cycles of 2,350 a step. What is carried round the loop is a block's
+scores, in float32: its weights in half precision cost 64 instructions a step to unpack and pack.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,6 @@ from ..masks import diagonal_shift, keep_mask
 from ..pages import Paging
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
-from ..softmax import softmax_step, with_sink
 from .epilogue import Out, store, store_tile
 from .pipeline import ROWS, make_channel, make_notes, make_tiles, product_layout
 from .products import (
@@ -30,7 +30,7 @@ from .products import (
     clean,
     groups_of_products,
     products,
-    rescaled,
+    rescaled_if_new,
     zero_output,
 )
 from .schedule import (
@@ -45,6 +45,7 @@ from .schedule import (
     send_end,
     value_of_note,
 )
+from .softmax import block_weights, initial_sums, of_rows
 
 
 class Given(NamedTuple):
@@ -83,7 +84,8 @@ def load(
     rings, call, given, paging, group_size,
     SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """The producer: draws tiles; of each loads Q, and keys and values from the last block down."""
+    """The producer: draws tiles; of each loads Q, and keys and values from the last block down, the
+    keys a block ahead of the values, as they are read."""
     q_count = 0
     kv_count = 0
     tile_count = 0
@@ -104,22 +106,29 @@ def load(
         elif call.k_lengths.cu_seqlens is None:
             k_entry = tile.seq
         row = tile.k_first + tile.last_n
-        for i in range(tile.blocks):
-            if i == tile.blocks - 1:  # now, as the answer takes 1 us
-                index = draw(call.schedule, True)
+        if tile.blocks > 0:
             place = place_of_keys(k_entry, row, tile.seq, paging, SPEC)
             coords = [place[0], place[1], head_k, 0]
             fill(rings.k, given.k, given.k_more, rings.k_more, coords, kv_count)
-            if i == 0:
-                for part in gl.static_range(BLOCK_M // ROWS):
-                    q_row = tile.q_first + tile.start_m + part * ROWS
-                    q_coords = [q_entry, q_row, tile.head, 0]
-                    fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
-                    q_count += 1
+            for part in gl.static_range(BLOCK_M // ROWS):
+                q_row = tile.q_first + tile.start_m + part * ROWS
+                q_coords = [q_entry, q_row, tile.head, 0]
+                fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
+                q_count += 1
+            for _ in range(tile.blocks - 1):
+                row -= BLOCK_N
+                later = place_of_keys(k_entry, row, tile.seq, paging, SPEC)
+                k_coords = [later[0], later[1], head_k, 0]
+                fill(rings.k, given.k, given.k_more, rings.k_more, k_coords, kv_count + 1)
+                coords = [place[0], place[1], head_k, 0]
+                fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
+                place = later
+                kv_count += 1
+            index = draw(call.schedule, True)  # now, as the answer takes 1 us
+            coords = [place[0], place[1], head_k, 0]
             fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
-            row -= BLOCK_N
             kv_count += 1
-        if tile.blocks <= 0:
+        else:
             index = draw(call.schedule, True)
     send_end(rings.notes, tile_count)
     leave(call.schedule)
@@ -167,14 +176,22 @@ def first_products_alone(
     return qk
 
 
+@gluon.constexpr_function
+def releases_late(STAGES):
+    """Whether a step releases the values of the one before, under its products. Of two tiles of
+    values the next would come too late: D 128 took 4 % more time."""
+    return STAGES > 2
+
+
 @gluon.jit
 def weights_of(
     acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, DTYPE: gl.constexpr
 ):
     """Block i's softmax -> (acc rescaled, l_i, m_i, weights)"""
     scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC)
-    weights, alpha, l_i, m_i = softmax_step(l_i, m_i, scores, exponent_scale(mods, SPEC), True)
-    return rescaled(acc, alpha), l_i, m_i, weights.to(DTYPE)
+    scale = exponent_scale(mods, SPEC)
+    weights, alpha, l_i, m_i = block_weights(scores, scale, l_i, m_i, DTYPE)
+    return rescaled_if_new(acc, alpha), l_i, m_i, weights
 
 
 @gluon.jit
@@ -182,17 +199,23 @@ def step(
     acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
     SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
-    """Block i's softmax; then QKᵀ of the next and its PV."""
+    """Block i's softmax; then QKᵀ of the next, for whose keys the step before has waited, and its
+    PV. What passes between warps does so under these products: a release stops a warp group until
+    all its warps are there."""
     acc, l_i, m_i, p = weights_of(
         acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC, rings.q.tiles.dtype
     )
-    rings.k.wait(kv_count + i + 1)
+    LATE: gl.constexpr = releases_late(rings.v.STAGES)
     qk = products(q_count, kv_count + i + 1, rings, SPEC, BLOCK_N, BLOCK_D)
     acc = add_values(acc, p, kv_count + i, rings, BLOCK_N)
+    if LATE:
+        rings.v.release(kv_count + i - 1, i > 0)
     qk = warpgroup_mma_wait(len(acc), deps=[qk])
     rings.k.release(kv_count + i + 1)
+    rings.k.wait(kv_count + i + 2, i + 2 < tile.blocks)
     acc = awaited(acc, 0)
-    rings.v.release(kv_count + i)
+    if not LATE:
+        rings.v.release(kv_count + i)
     return acc, l_i, m_i, qk
 
 
@@ -209,17 +232,20 @@ def last_step(
         acc, l_i, m_i, qk, last, q_pos, tile, mods, head_mods, SPEC, rings.q.tiles.dtype
     )
     acc = add_values(acc, p, kv_count + last, rings, BLOCK_N)
+    if releases_late(rings.v.STAGES):
+        rings.v.release(kv_count + last - 1, last > 0)
     blocks = value_of_note(rings.notes, tile_count)
     next_k = kv_count + tile.blocks
     qk = first_products(blocks, q_count + BLOCK_M // ROWS, next_k, rings, SPEC, BLOCK_N, BLOCK_D)
     LATER: gl.constexpr = groups_of_products(rings.k_more is not None, SPEC.head_dim, BLOCK_D)
     acc = awaited(acc, LATER)
     rings.v.release(kv_count + last)
-    scale = exponent_scale(mods, SPEC)
+    ROW: gl.constexpr = q_pos.type.layout
+    sums, maxima = of_rows(l_i, m_i, ROW)
     if out.tiles is None:
-        store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH, SPEC)
+        store(out, acc, sums, maxima, q_pos, tile, WHICH, SPEC)
     else:
-        store_tile(out, rings.q, acc, l_i, m_i, q_count, q_pos, tile, scale, WHICH)
+        store_tile(out, rings.q, acc, sums, maxima, q_count, q_pos, tile, WHICH)
     qk = warpgroup_mma_wait(0, deps=[qk])
     if blocks > 0:
         rings.k.release(next_k)
@@ -240,6 +266,7 @@ def attend(
     acc = zero_output(rings, BLOCK_DV)
     if SCRUB:
         clean(rings, kv_count, tile, BLOCK_N, BLOCK_DV)
+    rings.k.wait(kv_count + 1, tile.blocks > 1)
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
             acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
@@ -265,7 +292,6 @@ def multiply(
     kv_count = 0
     tile_count = 0
     mods = call.mods
-    scale = exponent_scale(mods, SPEC)
     blocks = value_of_note(rings.notes, tile_count)
     qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
     while blocks >= 0:
@@ -275,9 +301,7 @@ def multiply(
         q_pos = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
         exists = tile.seq < call.q_lengths.batch
         head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
-        l_i = gl.zeros([ROWS], gl.float32, ROW)
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, ROW)
-        l_i, m_i = with_sink(l_i, m_i, mods, tile.head, exists, scale)
+        l_i, m_i = initial_sums(qk, mods, tile.head, exists)
         if tile.blocks > 0:
             qk, blocks = attend(
                 qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, out, mods,
@@ -288,7 +312,8 @@ def multiply(
         else:
             acc = zero_output(rings, BLOCK_DV)
             if tile.start_m >= 0:
-                store(out, acc, l_i, m_i, q_pos, tile, scale, WHICH, SPEC)
+                sums, maxima = of_rows(l_i, m_i, ROW)
+                store(out, acc, sums, maxima, q_pos, tile, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)
             qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
 

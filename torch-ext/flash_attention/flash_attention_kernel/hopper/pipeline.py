@@ -64,9 +64,10 @@ class Channel:
         mbarrier.arrive(self.ready.index(count % self.STAGES), count=1)
 
     @gluon.jit
-    def wait(self, count):
-        """Wait for tile number `count`."""
-        mbarrier.wait(self.ready.index(count % self.STAGES), count // self.STAGES & 1)
+    def wait(self, count, exists=True):
+        """Wait for tile number `count`, if it `exists`."""
+        slot = count % self.STAGES
+        mbarrier.wait(self.ready.index(slot), count // self.STAGES & 1, pred=exists)
 
     @gluon.jit
     def tile(self, count, HEIGHT: gl.constexpr, COLS: gl.constexpr):
@@ -80,9 +81,9 @@ class Channel:
         return self.tile(count, HEIGHT, COLS)
 
     @gluon.jit
-    def release(self, count):
-        """Tile number `count` may be overwritten, as far as this consumer goes."""
-        mbarrier.arrive(self.free.index(count % self.STAGES), count=1)
+    def release(self, count, exists=True):
+        """Tile number `count`, if it `exists`, may be overwritten, as far as this consumer goes."""
+        mbarrier.arrive(self.free.index(count % self.STAGES), count=1, pred=exists)
 
 
 @gluon.jit

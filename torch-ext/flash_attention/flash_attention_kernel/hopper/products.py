@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from .pipeline import ROWS, inner_product, product_layout, scrub, spares_quarter
+from .softmax import scaled
 
 
 class Rings(NamedTuple):
@@ -91,6 +92,15 @@ def rescaled(acc, factor):
         return first, more * rows[:, None]
     else:
         return (first,)
+
+
+@gluon.jit
+def rescaled_if_new(acc, alpha):
+    """acc with each row times its alpha [ROWS, 4], where a warp has one that is not 1."""
+    if len(acc) == 2:
+        return scaled(acc[0], alpha), scaled(acc[1], alpha)
+    else:
+        return (scaled(acc[0], alpha),)
 
 
 @gluon.jit

@@ -1,0 +1,220 @@
+"""The forward's softmax, which takes no maximum of most blocks.
+
+A row's weights are 2^(score - m). m need not be the row's maximum: no weight may overflow, and some
+of all that was seen must be near 1. So m stays while a thread's weights of a row in a block sum to
+no more than LIMIT; else, which but for a tile's first block is rare, a warp that has such a row
+takes a branch: m becomes the maximum and the weights are computed again. FlashAttention-4 keeps m
+within 2^8 of the maximum to save the rescaling of the output. This saves the comparisons and
+shuffles too, and exponentials need not wait for them: half of the time between a block's products
+and its weights on an H200 (D 128: 1,300 cycles; 1,000 of 2,400 a step after).
+
+A thread sums the weights of its own columns, and the four that share a row add up at the tile's
+end: what is known of a row is [ROWS, 4]. m is in log2 units, -inf before the first key.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ..softmax import with_sink
+from .pipeline import ROWS
+
+LIMIT: gl.constexpr = gl.constexpr("0f44800000")  # 2^10; float16's weights end at 2^16
+
+
+@gluon.constexpr_function
+def for_each(line, COUNT, **operands):
+    """PTX: the line for element i, for every i < COUNT. A word in `operands` is operand number i
+    from that one on; ROW says which of its thread's two rows the element is of: they alternate in
+    pairs."""
+    lines = []
+    for i in range(COUNT):
+        text = line.replace("ROW", str(i // 2 % 2))
+        for word, number in operands.items():
+            text = text.replace(word, f"${number + i}")
+        lines.append(text)
+    return lines
+
+
+@gluon.constexpr_function
+def weigh(COUNT, score, HALF):
+    """PTX: weights, two to an operand, from operand number `score` on, and sums of both rows."""
+    lines = ["mov.b32 sum0, 0; mov.b32 sum1, 0;"]
+    for i in range(0, COUNT, 2):
+        row = i // 2 % 2
+        for j in (0, 1):
+            lines.append(f"fma.rn.f32 x, ${score + i + j}, scale, minus{row};")
+            lines.append(f"ex2.approx.ftz.f32 w{j}, x;")
+        lines.append(f"cvt.rn.{HALF}x2.f32 ${i // 2}, w1, w0;")
+        # As a chain of single weights a warp alone took 878 cycles for 64, so 702: it waits less.
+        lines.append(f"add.f32 x, w0, w1; add.f32 sum{row}, sum{row}, x;")
+    return lines
+
+
+@gluon.constexpr_function
+def renew(row):
+    """PTX: the row's maximum as m, if it has none yet or its weights are too great."""
+    lines = []
+    for lane in (2, 1):
+        for name in ("top", "sum"):
+            lines.append(f"shfl.sync.bfly.b32 x, {name}{row}, {lane}, 31, 0xffffffff;")
+            lines.append(f"max.f32 {name}{row}, {name}{row}, x;")
+    return lines + [
+        f"""mul.f32 top{row}, top{row}, scale;
+        setp.gtu.f32 some, sum{row}, {LIMIT.value};
+        setp.eq.f32 none, m{row}, 0fFF800000;
+        max.f32 x, m{row}, top{row};
+        @!some mov.b32 x, m{row};
+        @none mov.b32 x, top{row};
+        sub.f32 alpha{row}, m{row}, x;
+        @none mov.b32 alpha{row}, 0;
+        ex2.approx.ftz.f32 alpha{row}, alpha{row};
+        mov.b32 m{row}, x;
+        neg.f32 minus{row}, m{row};
+        setp.eq.f32 none, m{row}, 0fFF800000;
+        @none mov.b32 minus{row}, 0;"""
+    ]
+
+
+@gluon.constexpr_function
+def code_of_weights(COUNT, HALF):
+    """PTX of `block_weights` for a thread's COUNT elements. Operands: weights, sums, m after,
+    alpha; scores, m before, scale. What is of a row is at each of its elements, or read at its
+    first."""
+    sums = COUNT // 2
+    score = sums + 3 * COUNT
+    code = ["{ .reg .pred some, none; .reg .f32 sum<2>, m<2>, minus<2>, alpha<2>, top<2>, w<2>;"]
+    code.append(f".reg .f32 scale, x; mov.b32 scale, ${score + 2 * COUNT};")
+    for row in (0, 1):
+        code.append(
+            f"""mov.b32 m{row}, ${score + COUNT + 2 * row};
+            mov.b32 sum{row}, 0; mov.b32 alpha{row}, 0f3F800000;
+            neg.f32 minus{row}, m{row};
+            setp.eq.f32 none, m{row}, 0fFF800000;
+            @none mov.b32 minus{row}, 0;"""
+        )
+    code.append("setp.eq.and.f32 none, m0, 0fFF800000, none;")
+    code.append("vote.sync.all.pred none, none, 0xffffffff; @none bra.uni RENEW;")
+    code += weigh(COUNT, score, HALF)
+    code.append(
+        f"""setp.gtu.f32 some, sum0, {LIMIT.value};
+        setp.gtu.or.f32 some, sum1, {LIMIT.value}, some;
+        setp.eq.or.f32 some, m0, 0fFF800000, some;
+        setp.eq.or.f32 some, m1, 0fFF800000, some;
+        vote.sync.any.pred some, some, 0xffffffff; @!some bra.uni DONE;"""
+    )
+    code.append("RENEW: mov.b32 top0, 0fFF800000; mov.b32 top1, 0fFF800000;")
+    code += for_each("max.f32 topROW, topROW, SCORE;", COUNT, SCORE=score)
+    code += renew(0) + renew(1) + weigh(COUNT, score, HALF)
+    code.append("DONE:")
+    code += for_each("mov.b32 SUM, sumROW;", COUNT, SUM=sums)
+    code += for_each("mov.b32 NEW, mROW;", COUNT, NEW=sums + COUNT)
+    code += for_each("mov.b32 ALPHA, alphaROW;", COUNT, ALPHA=sums + 2 * COUNT)
+    return "\n".join(code + ["}"])
+
+
+@gluon.constexpr_function
+def operands_of_weights(COUNT):
+    return ",".join(["=&r"] * (COUNT // 2) + ["=&f"] * (3 * COUNT) + ["f"] * (3 * COUNT))
+
+
+@gluon.constexpr_function
+def code_of_scaling(COUNT):
+    """PTX of `scaled` for a thread's COUNT elements. Operands: results; values, factors."""
+    factor = 2 * COUNT
+    code = ["{ .reg .pred some;"]
+    code += for_each("mov.b32 RESULT, VALUE;", COUNT, RESULT=0, VALUE=COUNT)
+    code.append(
+        f"""setp.neu.f32 some, ${factor}, 0f3F800000;
+        setp.neu.or.f32 some, ${factor + 2}, 0f3F800000, some;
+        vote.sync.any.pred some, some, 0xffffffff; @!some bra.uni DONE;"""
+    )
+    code += for_each("mul.f32 RESULT, RESULT, FACTOR;", COUNT, RESULT=0, FACTOR=factor)
+    return "\n".join(code + ["DONE: }"])
+
+
+@gluon.constexpr_function
+def operands_of_scaling(COUNT):
+    return ",".join(["=&f"] * COUNT + ["f"] * (2 * COUNT))
+
+
+@gluon.jit
+def by_thread(product):
+    """[ROWS, columns] as [ROWS, columns // 8, 4, 2], whose last but one are a row's threads."""
+    return product.reshape([ROWS, product.shape[1] // 8, 4, 2])
+
+
+@gluon.jit
+def whole(product, LAYOUT: gl.constexpr):
+    """What `by_thread` takes apart."""
+    COLS: gl.constexpr = product.shape[1] * 8
+    return gl.convert_layout(product.reshape([ROWS, COLS]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def first(a, b):
+    return a
+
+
+@gluon.jit
+def of_row(values):
+    """[ROWS, 4] of what is alike at all of a thread's elements of a row."""
+    return gl.reduce(gl.reduce(values, 3, first), 1, first)
+
+
+@gluon.jit
+def at_elements(row, elements):
+    """[ROWS, 4] at each of the elements."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, elements.type.layout))
+    row = gl.convert_layout(row, LAYOUT, assert_trivial=True)
+    return gl.broadcast(elements, row[:, None, :, None])[1]
+
+
+@gluon.jit
+def initial_sums(product, mods, head, exists):
+    """-> (l_i, m_i) before the first key, whose scores will be where the product is."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(product).type.layout))
+    l_i = gl.zeros([ROWS, 4], gl.float32, LAYOUT)
+    m_i = gl.full([ROWS, 4], float("-inf"), gl.float32, LAYOUT)
+    l_i, m_i = with_sink(l_i, m_i, mods, head, exists, 1.0)
+    return l_i * 0.25, m_i
+
+
+@gluon.jit
+def block_weights(scores, scale, l_i, m_i, DTYPE: gl.constexpr):
+    """Fold a block's scores [ROWS, columns], which `scale` turns into log2 units, into the running
+    sums and m. -> (weights, alpha [ROWS, 4] as in `scaled`, l_i, m_i)"""
+    LAYOUT: gl.constexpr = scores.type.layout
+    COUNT: gl.constexpr = scores.shape[1] // 2
+    x = by_thread(scores)
+    given = [x, at_elements(m_i, x), gl.full_like(x, scale)]
+    if DTYPE == gl.bfloat16:
+        weights, sums, m_i, alpha = gl.inline_asm_elementwise(
+            code_of_weights(COUNT, "bf16"), operands_of_weights(COUNT), given,
+            dtype=(gl.bfloat16, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
+        )  # fmt: skip
+    else:
+        weights, sums, m_i, alpha = gl.inline_asm_elementwise(
+            code_of_weights(COUNT, "f16"), operands_of_weights(COUNT), given,
+            dtype=(gl.float16, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
+        )  # fmt: skip
+    alpha = of_row(alpha)
+    return whole(weights, LAYOUT), alpha, l_i * alpha + of_row(sums), of_row(m_i)
+
+
+@gluon.jit
+def scaled(product, alpha):
+    """Rows [ROWS, columns], each times its alpha [ROWS, 4], where a warp has one that is not 1."""
+    LAYOUT: gl.constexpr = product.type.layout
+    COUNT: gl.constexpr = product.shape[1] // 2
+    x = by_thread(product)
+    x = gl.inline_asm_elementwise(
+        code_of_scaling(COUNT), operands_of_scaling(COUNT), [x, at_elements(alpha, x)],
+        dtype=gl.float32, is_pure=True, pack=COUNT,
+    )  # fmt: skip
+    return whole(x, LAYOUT)
+
+
+@gluon.jit
+def of_rows(l_i, m_i, LAYOUT: gl.constexpr):
+    """-> (sums, m) of whole rows [ROWS]"""
+    return gl.convert_layout(gl.sum(l_i, 1), LAYOUT), gl.convert_layout(gl.max(m_i, 1), LAYOUT)
