@@ -190,7 +190,7 @@ def weights_of(
     """Block i's softmax -> (acc rescaled, l_i, m_i, weights)"""
     scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC)
     scale = exponent_scale(mods, SPEC)
-    weights, alpha, l_i, m_i = block_weights(scores, scale, l_i, m_i, DTYPE)
+    weights, alpha, l_i, m_i = block_weights(scores, i, scale, l_i, m_i, DTYPE)
     return rescaled_if_new(acc, alpha), l_i, m_i, weights
 
 
