@@ -54,6 +54,8 @@ OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain ca
 PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so many rows
 
 
+LONG = 8192  # rows of a sequence for which the hopper table's rows are that are not "-short"
+
 # Bytes in local memory that are let pass: what outlasts a loop; in the backward from D 128 on also
 # what a window, softcap and ALiBi take.
 PARKED = {"hopper": 40, "hopper_backward": 264, "hopper_ordered": 264}
@@ -69,7 +71,7 @@ class Row(NamedTuple):
     causal: bool
     varlen: bool
     options: str = "plain"  # a key of OPTIONS, or, for decode, of PAGES
-    rows: int = 0  # decode: queries times heads of a group
+    rows: int = 0  # decode: queries times heads of a group; hopper: of a sequence, if not LONG
     many: bool = False  # decode: more programs than multiprocessors
 
 
@@ -112,7 +114,8 @@ def problem_for(row: Row):
     make = import_module(f"{package()}.problem").AttentionProblem
     if row.kernel == "decode":
         return cache_problem_for(row, make)
-    rows, heads_k = ((512,), 2) if row.varlen else ((2, 256), 4)
+    length = (row.rows or LONG) if row.kernel.startswith("hopper") else 256
+    rows, heads_k = ((2 * length,), 2) if row.varlen else ((2, length), 4)
     q, k, v = (
         torch.empty((*rows, heads, row.head_dim), dtype=DTYPES[row.dtype], device="meta")
         for heads in (4, heads_k, heads_k)
@@ -120,7 +123,7 @@ def problem_for(row: Row):
     options = import_module(f"{package()}.options").Options(causal=row.causal)
     if row.varlen:
         cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta")
-        lengths = (cu_seqlens, cu_seqlens, 256, 256)
+        lengths = (cu_seqlens, cu_seqlens, length, length)
         problem = make.varlen(q, k, v, *lengths, options)
     else:
         problem = make.dense(q, k, v, options)
@@ -282,6 +285,8 @@ def rows(architectures, quick: bool):
         for dim, dtype, causal, varlen in itertools.product(
             (64, 128), ("fp16", "bf16"), (False, True), (False, True)
         ):
+            if dim == 64:
+                yield Row("sm_90", "hopper", dtype, dim, causal, varlen, "plain", 1024)
             for options in ("plain", "window", "both", "sink"):
                 yield Row("sm_90", "hopper", dtype, dim, causal, varlen, options)
                 if options != "sink":  # which gradients do not see
