@@ -17,6 +17,7 @@ SDPA_BACKENDS = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+versions = {}  # name -> root of another checkout of ours, with its build: a peer of that name
 MATH_LIMIT = 1 << 31  # sdpa-math stores the scores: skipped where they number more than this
 
 
@@ -49,12 +50,15 @@ ANCHORS = tuple(
 
 
 @functools.lru_cache(maxsize=None)
-def load_kernel():
-    """Our package, from the local build unless LOCAL_KERNELS names another."""
+def load_kernel(version=None):
+    """Our package, from the local build unless LOCAL_KERNELS says else; or one of `versions`."""
     from kernels import get_kernel
 
     os.environ.setdefault("LOCAL_KERNELS", f"{REPO}={ROOT}")
-    return get_kernel(REPO, version=1)
+    if version is None:
+        return get_kernel(REPO, version=1)
+    os.environ["LOCAL_KERNELS"] += f":org/{version}={versions[version]}"
+    return get_kernel(f"org/{version}", version=1)
 
 
 def random_inputs(shape: Shape, device):
@@ -67,8 +71,8 @@ def random_inputs(shape: Shape, device):
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 
-def ours(q, k, v, shape: Shape, **options):
-    return load_kernel().flash_attn_func(q, k, v, causal=shape.causal, **options)
+def ours(q, k, v, shape: Shape, version=None, **options):
+    return load_kernel(version).flash_attn_func(q, k, v, causal=shape.causal, **options)
 
 
 def sdpa(q, k, v, shape: Shape, backend):
@@ -106,6 +110,7 @@ def flex(q, k, v, shape: Shape):
 def peers(shape: Shape, device_type: str, only=None):
     """Name -> function(q, k, v) for everyone who can take part at this point."""
     who = {"ours": functools.partial(ours, shape=shape)}
+    who.update((name, functools.partial(ours, shape=shape, version=name)) for name in versions)
     if only is not None:
         who["ours-deterministic"] = functools.partial(ours, shape=shape, deterministic=True)
     for name, backend in SDPA_BACKENDS.items():

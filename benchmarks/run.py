@@ -2,11 +2,13 @@
 
     python benchmarks/run.py --batch-size 4 --num-heads 8 --seq-len 512 --head-dim 64 --causal
     python benchmarks/run.py --preset anchors --mode bwd --turns 3 --only ours cudnn
+    python benchmarks/run.py --preset anchors --zeros --versions old=../old --only ours old
 
 Modes: fwd and bwd print TFLOP/s; host and host-bwd print microseconds of host time per forward
 call, and per forward and backward, at a tiny shape; memory prints the peak beyond the inputs in
 MiB. Rows are appended to a CSV with device, versions, commit and date. At a point the peers are
-measured one after the other, --turns times: how hot the card is moves a figure by up to 9 %.
+measured one after the other, --turns times, another first each time: how hot the card is moves a
+figure by up to 9 %, and the first after a pause has the best of it.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 import torch
-from peers import ANCHORS, ROOT, Shape, peers, random_inputs
+from peers import ANCHORS, ROOT, Shape, peers, random_inputs, versions
 from tabulate import tabulate
 
 UNITS = {"fwd": "TFLOP/s", "bwd": "TFLOP/s", "host": "us", "host-bwd": "us", "memory": "MiB"}
@@ -147,8 +149,9 @@ def run_point(shape, mode, device, only, turns):
     """Name -> figure, the median of all turns, or None where the peer cannot."""
     able = dict(peers(shape, device.type, only))
     figures = {name: [] for name in able}
-    for _ in range(turns):
-        for name, fn in list(able.items()):
+    for turn in range(turns):
+        first = turn % max(len(able), 1)
+        for name, fn in [*able.items()][first:] + [*able.items()][:first]:
             try:
                 figures[name].append(MEASURE[mode](fn, shape, device))
             except (RuntimeError, NotImplementedError) as error:
@@ -173,11 +176,19 @@ def parse_args():
     parser.add_argument("--preset", choices=("anchors",), help="the twelve points of ANCHORS.md")
     parser.add_argument("--warm", action="store_true", help="compile flex for all points at once")
     parser.add_argument("--only", nargs="+", help="measure these peers alone")
+    parser.add_argument(
+        "--versions", nargs="+", default=(), metavar="NAME=DIR", help="other checkouts, built"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "results" / "runs.csv")
     args = parser.parse_args()
     if args.turns < 1:
         parser.error(f"--turns must be at least 1, got {args.turns}")
+    for version in args.versions:
+        name, _, root = version.partition("=")
+        if not (Path(root) / "build").is_dir():
+            parser.error(f"--versions takes NAME=DIR, where DIR has a build, got {version}")
+        versions[name] = Path(root).resolve()
     return args
 
 

@@ -78,10 +78,12 @@ def _scrubs(problem) -> bool:
 
 
 def forward_tile(problem) -> HopperConfig:
-    """The table's config."""
+    """The table's config. With softcap and ALiBi, too, that for short sequences: tiles of 192 rows,
+    of whose consumers a thread has 160 registers, spill."""
     p = problem
     longest = p.q.shape[1] if p.cu_seqlens_q is None else p.max_seqlen_q
-    return choose_hopper(p.q.shape[-1], p.v.shape[-1], p.is_masked(), 0 < longest < SHORT)
+    short = 0 < longest < SHORT or (p.softcap > 0.0 and p.alibi_slopes is not None)
+    return choose_hopper(p.q.shape[-1], p.v.shape[-1], p.is_masked(), short)
 
 
 def _blocks(problem, cu_seqlens, rows, block, heads) -> tuple:

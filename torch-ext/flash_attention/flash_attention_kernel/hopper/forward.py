@@ -4,7 +4,7 @@ Persistent: every program draws tiles, longest first, and loads the next under t
 A consumer computes the softmax of a block, then has its PV and the next block's QKᵀ in flight
 together; the tensor cores work for one consumer while the others are at their softmax, as in
 FlashAttention-3 (Shah et al. 2024), which softmax.py makes short enough that they hardly pause: at
-D 128 each multiplies for 1,150 cycles of 2,350 a step. What is carried round the loop is a block's
+D 128 each multiplies for 1,150 cycles of 2,400 a step. What is carried round the loop is a block's
 scores, in float32: its weights in half precision cost 64 instructions a step to unpack and pack.
 """
 
