@@ -176,6 +176,19 @@ def test_many_tiles(kernel, launch, device, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ("long-64", "long-64-window", "long-window-causal", "long-group-64")
+)
+def test_three_consumers(kernel, launch, module, device, monkeypatch, name):
+    """Tiles of 192 rows, which the table has for longer sequences."""
+    tile = module("flash_attention_kernel.config").HopperConfig(192, 128, 4, 2)
+    monkeypatch.setattr(launch._hopper_calls(), "forward_tile", lambda problem: tile)
+    inputs = make(LONG_BY_NAME[name], torch.bfloat16, device)
+    check(run(kernel, *inputs), *inputs)
+    assert "hopper" in launch.ran
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", LONG, ids=[case.name for case in LONG])
 def test_deterministic(kernel, launch, device, case):
     """dQ, too, in the same order every time, and right."""
