@@ -43,7 +43,8 @@ def online_softmax_update(acc, l_i, m_i, scores, scale, ANY_INF: tl.constexpr):
         m_log2 = tl.where(m_new == float("-inf"), 0.0, m_log2)
     p = tl.exp2(scores * scale - m_log2[:, None])
     alpha = tl.exp2(m_i * scale - m_log2)
-    return p, acc * alpha[:, None], l_i * alpha + tl.sum(p, 1), m_new
+    l_i = l_i * alpha + tl.sum(p, 1)
+    return p, acc * alpha[:, None], l_i, m_new
 
 
 @triton.jit
