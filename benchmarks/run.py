@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import geometric_mean, median
 
 import torch
-from peers import ANCHORS, ROOT, Shape, peers, random_inputs, versions
+from peers import ANCHORS, ROOT, SDPA_BACKENDS, Shape, peers, random_inputs, versions
 from tabulate import tabulate
 
 UNITS = {"fwd": "TFLOP/s", "bwd": "TFLOP/s", "host": "us", "host-bwd": "us", "memory": "MiB"}
@@ -186,8 +186,11 @@ def parse_args():
         parser.error(f"--turns must be at least 1, got {args.turns}")
     for version in args.versions:
         name, _, root = version.partition("=")
-        if not (Path(root) / "build").is_dir():
-            parser.error(f"--versions takes NAME=DIR, where DIR has a build, got {version}")
+        if name in ("", "ours", "flex", *SDPA_BACKENDS) or not (Path(root) / "build").is_dir():
+            parser.error(
+                "--versions takes NAME=DIR, NAME no other peer's and DIR with a build (make build "
+                f"there), got {version}"
+            )
         versions[name] = Path(root).resolve()
     return args
 

@@ -19,6 +19,8 @@ def number(word):
 def compute(name, args):
     """The result of an instruction that neither branches nor writes a predicate."""
     operation = name.split(".")[0]
+    if operation == "mov":
+        return args[0]
     if operation == "shfl":
         return args[0][LANES ^ args[1].view(np.int32)[0]]
     if operation == "cvt":  # two to a register, the second operand in the lower half
@@ -26,10 +28,10 @@ def compute(name, args):
         return torch.stack([low, high], 1).view(torch.int32)[:, 0].numpy().view(np.float32)
     exact = [x.astype(np.float64) for x in args]
     functions = {
-        "mov": lambda x: x, "neg": lambda x: -x, "ex2": np.exp2, "add": np.add,
-        "sub": np.subtract, "mul": np.multiply, "max": np.fmax, "fma": lambda x, y, z: x * y + z,
+        "neg": np.negative, "ex2": np.exp2, "add": np.add, "sub": np.subtract, "mul": np.multiply,
+        "max": np.fmax, "fma": lambda x, y, z: x * y + z,
     }  # fmt: skip
-    return args[0] if operation == "mov" else functions[operation](*exact).astype(np.float32)
+    return functions[operation](*exact).astype(np.float32)
 
 
 def compare(name, args):

@@ -60,13 +60,13 @@ class Given(NamedTuple):
 
 
 @gluon.jit
-def place_of_keys(entry, row, seq, paging, SPEC: gl.constexpr):
-    """-> (entry or page, row in it) of a block of keys, all of which a page holds."""
+def coords_of_keys(entry, row, head, seq, paging, SPEC: gl.constexpr):
+    """A block of keys, all of which a page holds, in K and V: entry or page, row in it, head."""
     if SPEC.page_size > 0:
         table = paging.table + seq.to(gl.int64) * paging.columns
-        return gl.load(table + row // SPEC.page_size), row % SPEC.page_size
+        return gl.load(table + row // SPEC.page_size), row % SPEC.page_size, head, 0
     else:
-        return entry, row
+        return entry, row, head, 0
 
 
 @gluon.jit
@@ -107,8 +107,7 @@ def load(
             k_entry = tile.seq
         row = tile.k_first + tile.last_n
         if tile.blocks > 0:
-            place = place_of_keys(k_entry, row, tile.seq, paging, SPEC)
-            coords = [place[0], place[1], head_k, 0]
+            coords = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
             fill(rings.k, given.k, given.k_more, rings.k_more, coords, kv_count)
             for part in gl.static_range(BLOCK_M // ROWS):
                 q_row = tile.q_first + tile.start_m + part * ROWS
@@ -117,15 +116,12 @@ def load(
                 q_count += 1
             for _ in range(tile.blocks - 1):
                 row -= BLOCK_N
-                later = place_of_keys(k_entry, row, tile.seq, paging, SPEC)
-                k_coords = [later[0], later[1], head_k, 0]
-                fill(rings.k, given.k, given.k_more, rings.k_more, k_coords, kv_count + 1)
-                coords = [place[0], place[1], head_k, 0]
+                later = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
+                fill(rings.k, given.k, given.k_more, rings.k_more, later, kv_count + 1)
                 fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
-                place = later
+                coords = later
                 kv_count += 1
             index = draw(call.schedule, True)  # now, as the answer takes 1 us
-            coords = [place[0], place[1], head_k, 0]
             fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
             kv_count += 1
         else:
@@ -197,7 +193,7 @@ def weights_of(
 @gluon.jit
 def step(
     acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
-    SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """Block i's softmax; then QKᵀ of the next, for whose keys the step before has waited, and its
     PV. What passes between warps does so under these products: a release stops a warp group until
@@ -223,7 +219,7 @@ def step(
 def last_step(
     acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, out, mods, head_mods,
     WHICH: gl.constexpr, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """The last block's softmax and PV, and the next tile's first QKᵀ, under which this one's rows
     are written. -> (qk, the next tile's blocks)"""
@@ -270,13 +266,13 @@ def attend(
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
             acc, l_i, m_i, qk, q_count, q_pos, tile, i, kv_count, rings, mods, head_mods,
-            SPEC, BLOCK_N, BLOCK_D, BLOCK_DV,
+            SPEC, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     if out.tiles is None:
         rings.q.release(q_count)
     return last_step(
         acc, l_i, m_i, qk, q_pos, tile, tile_count, q_count, kv_count, rings, out, mods, head_mods,
-        WHICH, SPEC, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+        WHICH, SPEC, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
 

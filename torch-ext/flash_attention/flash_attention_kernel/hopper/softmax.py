@@ -5,8 +5,8 @@ of all that was seen must be near 1. So after a tile's first blocks m stays whil
 of a row in a block sum to no more than LIMIT; else, which is rare, a warp that has such a row takes
 a branch: m becomes the maximum and the weights are computed again. FlashAttention-4 keeps m within
 2^8 of the maximum to save the rescaling of the output. This saves the comparisons and shuffles too,
-and exponentials need not wait for them: the step's softmax took 1,300 cycles of an H200 (D 128) and
-takes 1,000.
+and exponentials need not wait for them: the step's softmax took 1,200 to 1,300 cycles of an H200
+(D 128) and takes 1,000 to 1,200.
 
 A thread sums the weights of its own columns, and the four that share a row add up at the tile's
 end: what is known of a row is [ROWS, 4]. m is in log2 units, -inf before the first key.
