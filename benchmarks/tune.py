@@ -48,7 +48,8 @@ SPILL_BYTES = 128  # measured for comparison, never chosen
 HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "64/full": "192,128,4,2 192,128,4,1 192,128,3,2 128,128,4,2",
     "64/full-short": "128,128,4,2 128,128,3,2 128,128,4,1 192,128,4,2",
-    "64/causal": "128,128,4,2 128,128,3,2 192,128,4,2",
+    "64/causal": "128,128,4,2 192,128,3,2 192,128,4,2",
+    "64/causal-short": "128,128,4,2 128,128,3,2 192,128,4,2",
     "128/full": "128,128,2,2 128,128,2,1 128,64,4,2 128,64,3,2",
     "128/full-short": "128,128,2,2 128,128,2,1 128,64,4,2",
     "128/causal": "128,128,2,2 128,128,2,1 128,64,4,2",
@@ -65,7 +66,11 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "256/backward": "64,64,2,2 64,64,1,2 64,64,2,1",
     "256/backward-mods": "64,64,2,2 64,64,1,2 64,64,2,1",
 }
-HOPPER_LENGTHS = {"full": (4096, 16384), "full-short": (1024,)}  # else all
+HOPPER_LENGTHS = {  # where not all
+    "full": (4096, 16384),
+    "full-short": (1024,),
+    "causal-short": (1024, 4096),
+}
 
 
 def modules():

@@ -101,6 +101,7 @@ LONG = [
     Case("long-group", 700, 700, batch=2, nheads=24, nheads_k=4, head_dim=128, causal=True),
     Case("long-group-64", 700, 600, batch=2, nheads=24, nheads_k=4, head_dim=64),
     Case("long-64", 1500, 1300, nheads=4, nheads_k=2, head_dim=64),
+    Case("long-64-causal", 1300, 1500, nheads=4, nheads_k=2, head_dim=64, causal=True),
     Case("long-64-window", 1500, 1500, nheads=4, nheads_k=4, head_dim=64, window=(200, 70)),
     Case("long-window", 1000, 1300, batch=2, nheads=4, nheads_k=2, head_dim=128, window=(300, 40)),
     Case("long-window-causal", 900, 500, nheads=4, nheads_k=4, head_dim=64, window=(130, 0)),
@@ -177,7 +178,8 @@ def test_many_tiles(kernel, launch, device, case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name", ("long-64", "long-64-window", "long-window-causal", "long-group-64")
+    "name",
+    ("long-64", "long-64-causal", "long-64-window", "long-window-causal", "long-group-64"),
 )
 def test_three_consumers(kernel, launch, module, device, monkeypatch, name):
     """Tiles of 192 rows, which the table has for longer sequences."""

@@ -48,7 +48,7 @@ class Table:
     shared_memory: int  # bytes one program may use; tools/aot.py holds the rows to it
     rows: Dict[str, TileConfig]
     spilling: frozenset  # keys whose tile spills: others are slower, or spill too
-    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full', 'full-short', 'causal', ...
+    hopper: Dict[str, HopperConfig]  # '64/causal': head_dim, 'full', 'causal', '...-short', ...
 
 
 @functools.lru_cache(maxsize=None)
@@ -191,11 +191,12 @@ def hopper_parts(head_dim: int) -> tuple:
 @functools.lru_cache(maxsize=None)
 def choose_hopper(head_dim: int, head_dim_v: int, masked: bool, short: bool) -> HopperConfig:
     """hopper/forward.py's config. short: of sequences too short for tiles of 192 rows."""
-    kind = "causal" if masked else "full-short" if short else "full"
+    kind = "causal" if masked else "full"
     width = hopper_dim(max(head_dim, head_dim_v))
     if hopper_parts(head_dim)[1]:
         width = "192x128" if head_dim_v <= 128 else "192"
-    return table_for("sm_90").hopper[f"{width}/{kind}"]
+    table, key = table_for("sm_90").hopper, f"{width}/{kind}"
+    return table.get(f"{key}-short", table[key]) if short else table[key]
 
 
 def choose_hopper_backward(head_dim: int, mods: bool) -> HopperConfig:

@@ -22,7 +22,7 @@ from ..pages import Paging
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from .epilogue import Out, store, store_tile
-from .pipeline import ROWS, make_channel, make_notes, make_tiles, product_layout
+from .pipeline import ROWS, columns, make_channel, make_notes, make_tiles, product_layout
 from .products import (
     Rings,
     add_values,
@@ -134,12 +134,14 @@ def load(
 def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr):
     """The scores of block i from its products; -inf where the mask hides the key."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
-    k_pos = tile.last_n - i * qk.shape[1] + gl.arange(0, qk.shape[1], layout=LAYOUT)
+    first_n = tile.last_n - i * qk.shape[1]
+    k_pos = first_n + gl.arange(0, qk.shape[1], layout=LAYOUT)
     scores = score(qk, q_pos[:, None], k_pos[None, :], mods, head_mods, SPEC)
     masked = i < tile.masked_end
     if SPEC.left:
         masked = masked | (i >= tile.blocks - tile.masked_begin)
     if masked:
+        k_pos = columns(first_n, qk.shape[1])
         keep = keep_mask(
             q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC, True
         )
@@ -245,9 +247,6 @@ def last_step(
     qk = warpgroup_mma_wait(0, deps=[qk])
     if blocks > 0:
         rings.k.release(next_k)
-    if out.tiles is not None:
-        tma.store_wait(0)
-        rings.q.release(q_count)
     return qk, blocks
 
 
@@ -262,6 +261,9 @@ def attend(
     acc = zero_output(rings, BLOCK_DV)
     if SCRUB:
         clean(rings, kv_count, tile, BLOCK_N, BLOCK_DV)
+    if out.tiles is not None:
+        tma.store_wait(0)  # of the tile before: it has read what lay in Q's place
+        rings.q.release(q_count - BLOCK_M // ROWS, q_count > WHICH)
     rings.k.wait(kv_count + 1, tile.blocks > 1)
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
@@ -312,6 +314,7 @@ def multiply(
                 store(out, acc, sums, maxima, q_pos, tile, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)
             qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)

@@ -155,6 +155,32 @@ def opaque_zero():
     )
 
 
+@gluon.constexpr_function
+def code_of_columns(COUNT):
+    """PTX of `columns` for a thread's COUNT elements. Operands: results, the first column."""
+    lines = ["{ .reg .b32 x; mov.u32 x, %laneid; and.b32 x, x, 3; shl.b32 x, x, 1;"]
+    lines.append(f"add.s32 x, x, ${COUNT};")
+    lines += [f"add.s32 ${i}, x, {i // 2 * 8 + i % 2};" for i in range(COUNT)]
+    return " ".join(lines + ["}"])
+
+
+@gluon.constexpr_function
+def operands_of_columns(COUNT):
+    return ",".join(["=&r"] * COUNT + ["r"] * COUNT)
+
+
+@gluon.jit
+def columns(first, COLS: gl.constexpr):
+    """first + gl.arange(0, COLS) along a product's columns, computed where it stands: LLVM keeps
+    the numbers of gl.arange in a register each all around a loop, and ptxas spills."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, product_layout(COLS))
+    COUNT: gl.constexpr = COLS // 4
+    return gl.inline_asm_elementwise(
+        code_of_columns(COUNT), operands_of_columns(COUNT),
+        [gl.full([COLS], first, gl.int32, LAYOUT)], dtype=gl.int32, is_pure=True, pack=COUNT,
+    )  # fmt: skip
+
+
 @gluon.jit
 def packed(values, DTYPE: gl.constexpr):
     """float32 values as DTYPE, two to a register, and so they stay until `unpacked`: after the
