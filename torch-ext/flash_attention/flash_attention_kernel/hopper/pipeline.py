@@ -133,23 +133,26 @@ def spares_quarter(HEAD_DIM, BLOCK_D):
 
 
 @gluon.jit
-def inner_product(left, right, zeros, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr):
-    """left @ rightᵀ of two tiles with BLOCK_D columns, under way: one group of products, or two."""
+def inner_product(
+    left, right, acc, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, ADD: gl.constexpr = False
+):
+    """left @ rightᵀ of two tiles with BLOCK_D columns, plus `acc` if ADD, under way: one group of
+    products, or two."""
     if not spares_quarter(HEAD_DIM, BLOCK_D):
-        return warpgroup_mma(left, right.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        return warpgroup_mma(left, right.permute((1, 0)), acc, use_acc=ADD, is_async=True)
     HALF: gl.constexpr = BLOCK_D // 2
     first, last = right.slice(0, HALF, 1), right.slice(HALF, HALF // 2, 1)
     acc = warpgroup_mma(
-        left.slice(0, HALF, 1), first.permute((1, 0)), zeros, use_acc=False, is_async=True
+        left.slice(0, HALF, 1), first.permute((1, 0)), acc, use_acc=ADD, is_async=True
     )
     return warpgroup_mma(left.slice(HALF, HALF // 2, 1), last.permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
 def opaque_zero():
-    """0, of which the compiler knows nothing. A tile at this index of a ring of one has a wgmma
-    descriptor that is computed where it is used: else LLVM computes all of a loop's that do not
-    change, two registers each, before the loop, and ptxas spills."""
+    """0, of which the compiler knows nothing. A tile whose index it is added to has its address, or
+    its wgmma descriptor, computed where it is used: else LLVM computes all of a loop's that do not
+    change before it, and carries the others round it, and ptxas spills."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -23,7 +23,7 @@ def prepare_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, SUMS_D: tl.constexpr,
 ):  # fmt: skip
     """Grid: (num_tiles * nheads,) over blocks of BLOCK_M query rows. Writes their stats [2,
-    BLOCK_M], lse in log2 units and delta = rowsum(dO * O) - dlse (dlse None: 0), zeros their
+    BLOCK_M], lse in log2 units and -delta = dlse - rowsum(dO * O) (dlse None: 0), zeros their
     BLOCK_M * SUMS_D sums and, unless that is None, their number in `turns`, and writes `delta` by
     rows, like lse, unless that is None. A row that does not exist has lse +inf, and so no weights.
 
@@ -56,7 +56,7 @@ def prepare_kernel(
     place = row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2  # by stats_layout
     offs = block * (2 * BLOCK_M) + place
     tl.store(stats + offs, lse_row * LOG2E)
-    tl.store(stats + offs + BLOCK_M, delta_row)
+    tl.store(stats + offs + BLOCK_M, -delta_row)
     if turns is not None:
         tl.store(turns + block, 0)
     SIZE: tl.constexpr = BLOCK_M * SUMS_D

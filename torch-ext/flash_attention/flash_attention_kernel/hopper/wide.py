@@ -16,7 +16,7 @@ from ..common import LN2
 from ..masks import diagonal_shift
 from ..scores import mods_at_head, product_grad, score_grad
 from ..seqlen import Lengths
-from .backward import Grads, clean, load, make_rings, over_dim, store, weights_of
+from .backward import Grads, clean, load, make_rings, over_dim, stat_of, store, weights_of
 from .pipeline import (
     ROWS,
     make_ring,
@@ -53,8 +53,8 @@ def add_values(dv_acc, qk, start_m, head, count, work, rings, p_ring, call, SPEC
     mods, exists = call.mods, work.seq < call.q_lengths.batch
     head_mods = mods_at_head(mods, work.seq, head, exists, shift, SPEC)
     k_pos = work.start_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, qk.type.layout))
-    slot = count % rings.dout.STAGES
-    p = weights_of(qk, k_pos, start_m, slot, work, rings, mods, head_mods, SPEC)
+    lse_log2 = stat_of(rings, count, 0)
+    p = weights_of(qk, lse_log2, k_pos, start_m, work, rings, mods, head_mods, SPEC)
     p_ring.claim(count)
     p_ring.tile(count, ROWS, qk.shape[1]).store(product_grad(p, qk, mods, SPEC).to(DTYPE))
     p_ring.announce(count)
@@ -101,11 +101,10 @@ def add_keys(
 ):
     """dS of a block from dP and P into its ring, and its part of dK, under way."""
     LAYOUT: gl.constexpr = product_layout(BLOCK_M)
-    COL: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     p = p_ring.receive(count, ROWS, BLOCK_M).load(LAYOUT)
     p_ring.release(count)
-    delta = rings.stats_rows.index(2 * (count % rings.dout.STAGES) + 1).load(COL)
-    ds = score_grad(unpacked(p), dp, delta[None, :])
+    minus_delta = stat_of(rings, count, 1)
+    ds = score_grad(unpacked(p), dp, -minus_delta[None, :])
     rings.dout.release(count)
     ds_ring.claim(count)
     ds_ring.tile(count, ROWS, BLOCK_M).store(ds.to(p.dtype))
@@ -193,7 +192,7 @@ def hopper_wide_backward_kernel(
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
     call = Call(q_lengths, k_lengths, mods, nheads_k, schedule)
-    rings = make_rings(q, k, v, dout, stats, 1, 3, STAGES, Q_TILES, BLOCK_M)
+    rings = make_rings(q, k, v, dout, stats, 1, 1, 3, STAGES, Q_TILES, BLOCK_M)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     p_ring = make_ring(q.dtype, ROWS, BLOCK_M, DS, 1)
     grads = Grads(dk, dv, None, None)
