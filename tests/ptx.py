@@ -26,6 +26,9 @@ def compute(name, args):
     if operation == "cvt":  # two to a register, the second operand in the lower half
         high, low = (torch.from_numpy(x.copy()).to(HALVES[name.split(".")[2]]) for x in args)
         return torch.stack([low, high], 1).view(torch.int32)[:, 0].numpy().view(np.float32)
+    if name in ("add.s32", "and.b32", "shl.b32"):
+        functions = {"add": np.add, "and": np.bitwise_and, "shl": np.left_shift}
+        return functions[operation](*(x.view(np.int32) for x in args)).view(np.float32)
     exact = [x.astype(np.float64) for x in args]
     functions = {
         "neg": np.negative, "ex2": np.exp2, "add": np.add, "sub": np.subtract, "mul": np.multiply,
@@ -48,6 +51,7 @@ def execute(code, operands):
     """Run `code` with registers $i = operands[i], float32 [32] or None for a result, and fill
     those. -> the labels to which it branched"""
     registers = {f"${i}": x for i, x in enumerate(operands)}
+    registers["%laneid"] = LANES.astype(np.int32).view(np.float32)
     text = re.sub(r"\.reg [^;]*;|[{}]", "", code)
     lines = [line.strip() for line in re.sub(r"(\w+):", r"; \1: ;", text).split(";")]
     labels = {line[:-1]: place for place, line in enumerate(lines) if line.endswith(":")}

@@ -1,4 +1,5 @@
-"""hopper/softmax.py's inline PTX, run on a CPU, beside the softmax in float64."""
+"""The inline PTX of hopper/'s forward, run on a CPU: its softmax beside one in float64, and the
+columns of its masks."""
 
 import numpy as np
 import pytest
@@ -77,3 +78,15 @@ def test_blocks(module, kind, sink, half):
         assert renewed == [True, True] + [False] * (BLOCKS - 2)
     if kind == "steep":
         assert all(renewed)
+
+
+def test_columns(module):
+    """The column of each of a thread's elements, which lie as a product's."""
+    count = COUNT // 2
+    first = [np.full(32, 1000, np.int32).view(np.float32)] * count
+    operands = [None] * count + first
+    execute(module("flash_attention_kernel.hopper.pipeline").code_of_columns(count), operands)
+    got = torch.from_numpy(np.stack(operands[:count])).view(torch.int32)
+    block = torch.arange(1000, 1016, dtype=torch.int32).repeat(16, 1)
+    row_0_to_7 = torch.from_numpy(np.stack(by_lane(block))).view(2, 2, 2, 32)[:, 0]
+    assert torch.equal(got, row_0_to_7.reshape(count, 32))

@@ -80,16 +80,14 @@ def run(call: Call):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--warm", type=int, metavar="N", help="compile only, in N processes")
-    parser.add_argument("--first", type=int, default=0, help="skip the calls before this one")
     args = parser.parse_args()
     if args.warm:
         with multiprocessing.get_context("spawn").Pool(args.warm) as pool:
             pool.map(run, CALLS, chunksize=1)
     for i, call in enumerate(CALLS if not args.warm else []):
-        if i >= args.first:
-            run(call)
-            torch.cuda.synchronize()
-            print("ran", i, call, flush=True)
+        run(call)
+        torch.cuda.synchronize()
+        print("ran", i, call, flush=True)
 
 
 if __name__ == "__main__":

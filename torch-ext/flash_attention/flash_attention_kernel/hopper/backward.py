@@ -235,13 +235,13 @@ def weights_of(qk, lse_log2, k_pos, start_m, work, rings, mods, head_mods, SPEC:
 
 @gluon.jit
 def step(
-    dk_acc, dv_acc, k_pos, keys, start_m, head, count, kv_count, work, rings, ds_ring, mods, shift,
+    dk_acc, dv_acc, k_pos, start_m, head, count, kv_count, work, rings, ds_ring, mods, shift,
     exists, WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """A block of queries, for which the step before has waited: its P, its part of dV, its dS, also
     into the ring, and its part of dK. What passes between warps does so under the products, where
-    it costs nothing. keys: of this sequence, from this consumer's first on. -> (dk_acc, dv_acc)"""
+    it costs nothing. -> (dk_acc, dv_acc)"""
     DTYPE: gl.constexpr = rings.q.tiles.dtype
     FACTOR: gl.constexpr = gl.DotOperandLayout(0, dk_acc.type.layout, 2)
     # With plain indices LLVM computes the descriptors before the loop, and ptxas spills.
@@ -262,8 +262,9 @@ def step(
     slopes = packed(product_grad(p, qk, mods, SPEC), DTYPE) if SPEC.softcap else weights
     minus_delta = stat_of(rings, count, 1)  # where dP's product starts
     ds_ring.claim(count)  # a branch: ptxas moves what follows above P otherwise
+    start_n = work.start_n + WHICH * ROWS
     if count == work.count:
-        clean(rings.v, kv_count, keys, SCRUB, ROWS, BLOCK_D)
+        clean(rings.v, kv_count, work.seqlen_k - start_n, SCRUB, ROWS, BLOCK_D)
     dp = over_dim(v_tile, dout_tile, SPEC.head_dim, minus_delta)
     rings.q.wait(count + 1, count + 1 < work.count + work.steps)
     dp = warpgroup_mma_wait(0, deps=[dp])
@@ -297,14 +298,13 @@ def attend(
     k_pos = start_n + gl.arange(0, ROWS, layout=gl.SliceLayout(1, product_layout(BLOCK_M)))
     start_m = first_block(work, DOWN, BLOCK_M)
     head = work.head_k * group_size
-    keys = work.seqlen_k - start_n
-    clean(rings.k, kv_count, keys, SCRUB, ROWS, BLOCK_D)
+    clean(rings.k, kv_count, work.seqlen_k - start_n, SCRUB, ROWS, BLOCK_D)
     rings.q.wait(work.count)
     tma.store_wait(0)  # it has read dK, which lay in the ring of dS
     last = work.count + work.steps - 1
     for count in range(work.count, last + 1):
         dk_acc, dv_acc = step(
-            dk_acc, dv_acc, k_pos, keys, start_m, head, count, kv_count, work, rings, ds_ring, mods,
+            dk_acc, dv_acc, k_pos, start_m, head, count, kv_count, work, rings, ds_ring, mods,
             shift, exists, WHICH, SPEC, SCRUB, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
