@@ -58,7 +58,7 @@ LONG = 8192  # rows of a sequence for which the hopper table's rows are that are
 
 # Bytes in local memory that are let pass: what outlasts a loop; in the backward from D 128 on also
 # what a window, softcap and ALiBi take.
-PARKED = {"hopper": 40, "hopper_backward": 264, "hopper_ordered": 264}
+PARKED = {"hopper": 40, "hopper_backward": 248, "hopper_ordered": 96}
 
 
 class Row(NamedTuple):
