@@ -51,13 +51,10 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "64/causal": "128,128,4,2 192,128,3,2 192,128,4,2",
     "64/causal-short": "128,128,4,2 128,128,3,2 192,128,4,2",
     "128/full": "128,128,2,2 128,128,2,1 128,64,4,2 128,64,3,2",
-    "128/full-short": "128,128,2,2 128,128,2,1 128,64,4,2",
     "128/causal": "128,128,2,2 128,128,2,1 128,64,4,2",
     "192/full": "128,64,2,1 128,64,2,2 128,64,3,1",
-    "192/full-short": "128,64,2,1 128,64,2,2 128,64,3,1",
     "192/causal": "128,64,2,1 128,64,2,2 128,64,3,1",
     "256/full": "128,64,2,1 128,32,4,1 128,32,3,1",
-    "256/full-short": "128,64,2,1 128,32,4,1 128,32,3,1",
     "256/causal": "128,64,2,1 128,32,4,1 128,32,3,1",
     "64/backward": "128,128,2,2 64,128,3,4 64,128,3,3 64,128,2,3",
     "64/backward-mods": "64,128,3,4 64,128,3,3 64,128,2,3 128,128,2,2",
@@ -66,10 +63,11 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "256/backward": "64,64,2,2 64,64,1,2 64,64,2,1",
     "256/backward-mods": "64,64,2,2 64,64,1,2 64,64,2,1",
 }
-HOPPER_LENGTHS = {  # where not all
-    "full": (4096, 16384),
-    "full-short": (1024,),
-    "causal-short": (1024, 4096),
+HOPPER_LENGTHS = {  # for which hopper_calls.forward_tile takes a row, where not all
+    "64/full": (4096, 16384),
+    "64/full-short": (1024,),
+    "64/causal": (16384,),
+    "64/causal-short": (1024, 4096),
 }
 
 
@@ -154,7 +152,7 @@ def measure_hopper(row, tile, dtype):
     share = 2.5 if "backward" in kind else 1.0
     masks = (False, True) if kind == "backward" else ("full" not in kind,)
     figures = []
-    for seq_len in HOPPER_LENGTHS.get(kind, (1024, 4096, 16384)):
+    for seq_len in HOPPER_LENGTHS.get(row, (1024, 4096, 16384)):
         for causal in masks:
             shape = Shape(TOKENS // seq_len, HIDDEN // int(dim), seq_len, int(dim), causal, dtype)
             figures.append(tflops(hopper_launch_for(row, tile, shape), share * shape.flops()))

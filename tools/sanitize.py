@@ -1,5 +1,6 @@
 """Small calls of every kernel of hopper/, for compute-sanitizer to watch on a Hopper GPU.
 
+    export PYTHONPATH=tests
     compute-sanitizer --tool memcheck --kernel-regex kns=hopper python tools/sanitize.py
     compute-sanitizer --tool synccheck --kernel-regex kns=hopper python tools/sanitize.py
 
@@ -8,73 +9,52 @@
 
 import argparse
 import multiprocessing
-from typing import NamedTuple, Tuple
+import os
+from pathlib import Path
 
+import cache_checking
 import torch
+from cache_cases import CacheCase, make_cache
+from cases import Case, make
+from checking import run
 from kernels import get_kernel
 
-
-class Call(NamedTuple):
-    """Attention of 4 query heads and 2 KV heads, forward and backward."""
-
-    head_dim: int
-    rows_q: int
-    rows_k: int
-    head_dim_v: int = 0  # 0: head_dim
-    lens: Tuple[int, ...] = ()  # of packed sequences, of queries and keys
-    page_size: int = 0  # forward alone
-    options: dict = {}
-
-
-CALLS = [
-    Call(64, 300, 300),
-    Call(64, 2100, 200),  # tiles of 192 rows
-    Call(64, 8200, 300, options={"causal": True}),  # again
-    Call(64, 300, 300, options={"causal": True, "deterministic": True}),
-    Call(128, 200, 330),
-    Call(128, 300, 300, options={"causal": True}),
-    Call(128, 300, 300, options={"causal": True, "deterministic": True}),
-    Call(128, 300, 400, options={"window_size": (40, 30)}),
-    Call(128, 200, 200, options={"causal": True, "softcap": 20.0}),
-    Call(128, 0, 0, lens=(130, 1, 0, 300), options={"causal": True}),
-    Call(96, 0, 0, lens=(70, 200)),
-    Call(128, 200, 512, page_size=128, options={"causal": True}),
-    Call(192, 200, 300, head_dim_v=128, options={"causal": True}),
-    Call(192, 200, 300),
-    Call(256, 200, 300, options={"causal": True}),
-    Call(256, 0, 0, lens=(100, 230)),
-]
+ROOT = Path(__file__).resolve().parent.parent
+HEADS = {"nheads": 4, "nheads_k": 2}
+CASES = [
+    Case("64", 300, 300, head_dim=64, **HEADS),
+    Case("64-192-rows", 2100, 200, head_dim=64, **HEADS),
+    Case("64-causal", 300, 300, head_dim=64, causal=True, **HEADS),
+    Case("64-causal-192-rows", 8200, 300, head_dim=64, causal=True, **HEADS),
+    Case("96-packed", head_dim=96, lens_q=(70, 200), lens_k=(70, 200), **HEADS),
+    Case("128", 200, 330, head_dim=128, **HEADS),
+    Case("128-causal", 300, 300, head_dim=128, causal=True, **HEADS),
+    Case("128-window", 300, 400, head_dim=128, window=(40, 30), **HEADS),
+    Case("128-softcap", 200, 200, head_dim=128, causal=True, softcap=20.0, **HEADS),
+    Case(
+        "128-packed", head_dim=128, causal=True, lens_q=(130, 1, 0, 300), lens_k=(130, 1, 0, 300),
+        **HEADS,
+    ),
+    Case("192-128", 200, 300, head_dim=192, head_dim_v=128, causal=True, **HEADS),
+    Case("192", 200, 300, head_dim=192, **HEADS),
+    Case("256", 200, 300, head_dim=256, causal=True, **HEADS),
+    Case("256-packed", head_dim=256, lens_q=(100, 230), lens_k=(100, 230), **HEADS),
+    CacheCase("pages", 200, lens_k=(507, 300), head_dim=128, page=128, causal=True),
+]  # fmt: skip
 
 
-def run(call: Call):
+def call(case):
+    """Forward and backward, of the latter also the deterministic one; of a cache's pages forward
+    alone."""
+    os.environ.setdefault("LOCAL_KERNELS", f"org/flash-attention={ROOT}")
     kernel = get_kernel("org/flash-attention", version=1)
-    torch.manual_seed(0)
-
-    def new(rows, heads, dim):
-        shape = (sum(call.lens), heads, dim) if call.lens else (2, rows, heads, dim)
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-
-    dim_v = call.head_dim_v or call.head_dim
-    q = new(call.rows_q, 4, call.head_dim)
-    k, v = new(call.rows_k, 2, call.head_dim), new(call.rows_k, 2, dim_v)
-    if call.page_size:
-        pages = 2 * call.rows_k // call.page_size
-        shape = (pages, call.page_size, 2)
-        k, v = k.detach().view(*shape, call.head_dim), v.detach().view(*shape, dim_v)
-        table = torch.randperm(pages, device="cuda").int().view(2, -1)
-        kernel.flash_attn_with_kvcache(
-            q.detach(), k, v, cache_seqlens=call.rows_k - 5, block_table=table, **call.options
-        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if isinstance(case, CacheCase):
+        cache_checking.call(kernel, make_cache(case, torch.bfloat16, device))
         return
-    if call.lens:
-        starts = torch.tensor((0, *call.lens), device="cuda").cumsum(0, dtype=torch.int32)
-        longest = max(call.lens)
-        out = kernel.flash_attn_varlen_func(
-            q, k, v, starts, starts, longest, longest, **call.options
-        )
-    else:
-        out = kernel.flash_attn_func(q, k, v, **call.options)
-    torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+    *inputs, options = make(case, torch.bfloat16, device)
+    for deterministic in (False, True):
+        run(kernel, *inputs, {**options, "deterministic": deterministic})
 
 
 def main():
@@ -83,11 +63,13 @@ def main():
     args = parser.parse_args()
     if args.warm:
         with multiprocessing.get_context("spawn").Pool(args.warm) as pool:
-            pool.map(run, CALLS, chunksize=1)
-    for i, call in enumerate(CALLS if not args.warm else []):
-        run(call)
-        torch.cuda.synchronize()
-        print("ran", i, call, flush=True)
+            pool.map(call, CASES, chunksize=1)
+        return
+    for case in CASES:
+        call(case)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        print("ran", case.name, flush=True)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,8 @@ def hopper_parts(head_dim: int) -> tuple:
 
 @functools.lru_cache(maxsize=None)
 def choose_hopper(head_dim: int, head_dim_v: int, masked: bool, short: bool) -> HopperConfig:
-    """hopper/forward.py's config. short: of sequences too short for tiles of 192 rows."""
+    """hopper/forward.py's config. short: of sequences too short for tiles of 192 rows; they have a
+    row of their own where others have such tiles."""
     kind = "causal" if masked else "full"
     width = hopper_dim(max(head_dim, head_dim_v))
     if hopper_parts(head_dim)[1]:
