@@ -45,11 +45,13 @@ from .pipeline import (
     unpacked,
 )
 from .schedule import (
+    AHEAD,
     UNSPECIALIZED,
     WORK_FIELDS,
     Call,
     Schedule,
-    draw,
+    answer,
+    ask,
     find_work,
     first_block,
     leave,
@@ -122,12 +124,13 @@ def load(
 ):  # fmt: skip
     """The producer: draws work; loads its K and V, then Q, dO and their rows' stats, head by head.
     stats: [nheads, tiles_q, 2 * BLOCK_M], flat. DOWN: the last queries first."""
+    HALVES: gl.constexpr = BLOCK_N // ROWS
+    SPARE: gl.constexpr = rings.k.STAGES - HALVES  # tiles of K that the work before leaves free
     count = 0
-    kv_count = 0
-    work_count = 0
+    kv_count, work_count = 0, 0
     index = gl.program_id(0)
     if DOWN:  # a program that does not run yet must have no work that others wait for
-        index = draw(call.schedule, False)
+        index = answer(ask(call.schedule.counters, 0, index >= 0))
     while index < call.schedule.total:
         work = find_work(index, call, count, kv_count, group_size, SPEC, BLOCK_M, BLOCK_N)
         rings.notes.send(work, work_count)
@@ -143,9 +146,11 @@ def load(
         start_m = first_block(work, DOWN, BLOCK_M)
         k_row = work.k_first + work.start_n
         head_k = work.head_k // parts
+        asked = ask(call.schedule.counters, 0, work.steps < AHEAD)
         for i in range(work.steps):
+            asked = ask(call.schedule.counters, asked, i == work.steps - AHEAD)
             if i == 0:
-                for which in gl.static_range(BLOCK_N // ROWS):
+                for which in gl.static_range(SPARE):
                     rings.k.fill(k, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
             rings.q.fill(q, [q_entry, q_first + start_m, head, 0], count)
             tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
@@ -153,13 +158,17 @@ def load(
                 dout, [q_entry, q_first + start_m, head, 0],
                 stats, [tile * (2 * BLOCK_M)], rings.stats, count,
             )  # fmt: skip
-            if i == 0:
-                for which in gl.static_range(BLOCK_N // ROWS):
+            if i == 0:  # what has its place only when the work before is done
+                for which in gl.static_range(SPARE, HALVES):
+                    rings.k.fill(k, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
+                for which in gl.static_range(HALVES):
                     rings.v.fill(v, [k_entry, k_row + which * ROWS, head_k, 0], kv_count + which)
             count += 1
             start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
-        kv_count += BLOCK_N // ROWS * gl.minimum(work.steps, 1)
-        index = draw(call.schedule, not DOWN)
+        kv_count += HALVES * gl.minimum(work.steps, 1)
+        index = answer(asked)
+        if not DOWN:
+            index += gl.num_programs(0)
     send_no_work(rings.notes, work_count)
     leave(call.schedule)
 

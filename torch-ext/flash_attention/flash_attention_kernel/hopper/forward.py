@@ -34,11 +34,13 @@ from .products import (
     zero_output,
 )
 from .schedule import (
+    AHEAD,
     TILE_FIELDS,
     UNSPECIALIZED,
     Call,
     Schedule,
-    draw,
+    answer,
+    ask,
     find_tile,
     leave,
     received_tile,
@@ -106,26 +108,27 @@ def load(
         elif call.k_lengths.cu_seqlens is None:
             k_entry = tile.seq
         row = tile.k_first + tile.last_n
+        asked = ask(call.schedule.counters, 0, tile.blocks < AHEAD)
         if tile.blocks > 0:
             coords = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
-            fill(rings.k, given.k, given.k_more, rings.k_more, coords, kv_count)
-            for part in gl.static_range(BLOCK_M // ROWS):
-                q_row = tile.q_first + tile.start_m + part * ROWS
-                q_coords = [q_entry, q_row, tile.head, 0]
-                fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
-                q_count += 1
-            for _ in range(tile.blocks - 1):
-                row -= BLOCK_N
-                later = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
-                fill(rings.k, given.k, given.k_more, rings.k_more, later, kv_count + 1)
+            for i in range(tile.blocks):
+                asked = ask(call.schedule.counters, asked, i == tile.blocks - AHEAD)
+                if i == 0:
+                    fill(rings.k, given.k, given.k_more, rings.k_more, coords, kv_count)
+                    for part in gl.static_range(BLOCK_M // ROWS):
+                        q_row = tile.q_first + tile.start_m + part * ROWS
+                        q_coords = [q_entry, q_row, tile.head, 0]
+                        fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
+                        q_count += 1
+                later = coords
+                if i + 1 < tile.blocks:
+                    row -= BLOCK_N
+                    later = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
+                    fill(rings.k, given.k, given.k_more, rings.k_more, later, kv_count + 1)
                 fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
                 coords = later
                 kv_count += 1
-            index = draw(call.schedule, True)  # now, as the answer takes 1 us
-            fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
-            kv_count += 1
-        else:
-            index = draw(call.schedule, True)
+        index = answer(asked) + gl.num_programs(0)
     send_end(rings.notes, tile_count)
     leave(call.schedule)
 
@@ -141,10 +144,7 @@ def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr):
     if SPEC.left:
         masked = masked | (i >= tile.blocks - tile.masked_begin)
     if masked:
-        k_pos = columns(first_n, qk.shape[1])
-        keep = keep_mask(
-            q_pos[:, None], k_pos[None, :], head_mods.shift, tile.seqlen_k, mods, SPEC, True
-        )
+        keep = kept(first_n, q_pos, qk.shape[1], tile, mods, head_mods, SPEC)
         scores = gl.where(keep, scores, float("-inf"))
     return scores
 
@@ -364,7 +364,7 @@ def hopper_forward_kernel(
                 ),
                 (load, (rings, call, given, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
-            [4, 4],
+            [4, 1],
             [240, 24],
         )
     else:
@@ -384,6 +384,6 @@ def hopper_forward_kernel(
                 ),
                 (load, (rings, call, given, paging, group_size, SPEC, BLOCK_M, BLOCK_N)),
             ],
-            [4, 4, 4],
+            [4, 4, 1],
             [160, 160, 24],
         )

@@ -70,16 +70,37 @@ class Work(NamedTuple):
     kv_count: Any
 
 
+AHEAD: gl.constexpr = gl.constexpr(2)  # steps before a tile's or work's end that more is asked for
+
 TILE_FIELDS: gl.constexpr = gl.constexpr(len(Tile._fields))
 WORK_FIELDS: gl.constexpr = gl.constexpr(len(Work._fields))
 
 
 @gluon.jit
-def draw(schedule, DEALT: gl.constexpr):
-    """The next tile that nobody has drawn. DEALT: beyond those that have a program's number, which
-    are the programs' first."""
-    drawn = gl.atomic_add(schedule.counters, 1, sem="relaxed")
-    return drawn + gl.num_programs(0) if DEALT else drawn
+def ask(counter, asked, when):
+    """Have this warp add 1 to a counter in memory, if `when` -> what `answer` takes; else `asked`.
+    The answer takes 1 us and more, for which only `answer` waits: with a plain atomic_add the
+    forward took 1 to 3 % more time at 1k."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred lead; .reg .b32 lane;
+        mov.b32 $0, $2;
+        mov.u32 lane, %laneid;
+        setp.eq.u32 lead, lane, 0;
+        setp.ne.and.b32 lead, $3, 0, lead;
+        @lead atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
+        }""", "=&r,l,r,r", [counter, asked, when.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def answer(asked):
+    """What the counter had been."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [asked],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
