@@ -64,10 +64,9 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "256/backward-mods": "64,64,2,2 64,64,1,2 64,64,2,1",
 }
 HOPPER_LENGTHS = {  # for which hopper_calls.forward_tile takes a row, where not all
-    "64/full": (4096, 16384),
-    "64/full-short": (1024,),
-    "64/causal": (16384,),
-    "64/causal-short": (1024, 4096),
+    "64/full-short": (512,),
+    "64/causal": (4096, 16384),
+    "64/causal-short": (1024,),
 }
 
 

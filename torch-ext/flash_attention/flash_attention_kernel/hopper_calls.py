@@ -26,10 +26,10 @@ from .seqlen import Lengths, num_tiles
 
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 FLAT_ROWS = gl.NVMMASharedLayout(0, 32, 2)  # float32 in a row
-# Rows of sequences too short for tiles of 192: they leave too many for the last, and where keys are
-# masked have more of these. Full, causal; of D 64 causal 192 rows gave 603 TFLOP/s for 544 at 16k,
-# as many at 4k (H200, on zeros).
-SHORT = (2048, 8192)
+# Rows of sequences too short for tiles of 192, full and causal: masked they have two blocks of keys
+# at the diagonal for one of 128's. D 64 on an H200, TFLOP/s with 192 and 128, random data: full 380
+# and 384 at 512, 454 and 432 at 768; causal 407 and 415 at 2,048, 460 and 450 at 3,072.
+SHORT = (640, 3072)
 L2_BYTES = 40 << 20  # of a device's 50 MB and more: K and V of the heads whose tiles alternate
 
 

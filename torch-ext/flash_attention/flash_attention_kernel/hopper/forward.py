@@ -22,7 +22,15 @@ from ..pages import Paging
 from ..scores import exponent_scale, mods_at_head, score
 from ..seqlen import Lengths
 from .epilogue import Out, store, store_tile
-from .pipeline import ROWS, columns, make_channel, make_notes, make_tiles, product_layout
+from .pipeline import (
+    ROWS,
+    columns,
+    first_column,
+    make_channel,
+    make_notes,
+    make_tiles,
+    product_layout,
+)
 from .products import (
     Rings,
     add_values,
@@ -131,6 +139,15 @@ def load(
         index = answer(asked) + gl.num_programs(0)
     send_end(rings.notes, tile_count)
     leave(call.schedule)
+
+
+@gluon.jit
+def kept(first_n, q_pos, COLS: gl.constexpr, tile, mods, head_mods, SPEC: gl.constexpr):
+    """Which of COLS keys from first_n on each query sees. Every thread counts from the first that
+    it has: then what its elements are compared with is the same in all blocks, and no register."""
+    first = first_column(first_n, q_pos)
+    rows, k_end = (q_pos - first)[:, None], (tile.seqlen_k - first)[:, None]
+    return keep_mask(rows, columns(COLS)[None, :], head_mods.shift, k_end, mods, SPEC, True)
 
 
 @gluon.jit
@@ -251,6 +268,28 @@ def last_step(
 
 
 @gluon.jit
+def release_stored(q_count, rings, out, WHICH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Release the place of the tile before, if its rows of out have been stored from there."""
+    if out.tiles is not None:
+        tma.store_wait(0)  # it has read them
+        rings.q.release(q_count - BLOCK_M // ROWS, q_count > WHICH)
+
+
+@gluon.jit
+def pass_by(tile, q_count, kv_count, rings, out, WHICH: gl.constexpr, BLOCK_M: gl.constexpr):
+    """The tile's keys, for a consumer that has none of the sequence's rows: the others are the
+    sooner done. Of the first block, K has been read."""
+    release_stored(q_count, rings, out, WHICH, BLOCK_M)
+    for i in range(tile.blocks):
+        rings.k.wait(kv_count + i, i > 0)
+        rings.k.release(kv_count + i, i > 0)
+        rings.v.wait(kv_count + i)
+        rings.v.release(kv_count + i)
+    if out.tiles is None:
+        rings.q.release(q_count)
+
+
+@gluon.jit
 def attend(
     qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, out, mods, head_mods,
     WHICH: gl.constexpr, SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -261,9 +300,7 @@ def attend(
     acc = zero_output(rings, BLOCK_DV)
     if SCRUB:
         clean(rings, kv_count, tile, BLOCK_N, BLOCK_DV)
-    if out.tiles is not None:
-        tma.store_wait(0)  # of the tile before: it has read what lay in Q's place
-        rings.q.release(q_count - BLOCK_M // ROWS, q_count > WHICH)
+    release_stored(q_count, rings, out, WHICH, BLOCK_M)
     rings.k.wait(kv_count + 1, tile.blocks > 1)
     for i in range(tile.blocks - 1):
         acc, l_i, m_i, qk = step(
@@ -300,7 +337,7 @@ def multiply(
         exists = tile.seq < call.q_lengths.batch
         head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
         l_i, m_i = initial_sums(qk, mods, tile.head, exists)
-        if tile.blocks > 0:
+        if (tile.blocks > 0) & (tile.start_m + WHICH * ROWS < tile.seqlen_q):
             qk, blocks = attend(
                 qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, out, mods,
                 head_mods, WHICH, SPEC, SCRUB, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
@@ -308,8 +345,12 @@ def multiply(
             q_count += BLOCK_M // ROWS
             kv_count += tile.blocks
         else:
-            acc = zero_output(rings, BLOCK_DV)
-            if tile.start_m >= 0:
+            if tile.blocks > 0:
+                pass_by(tile, q_count, kv_count, rings, out, WHICH, BLOCK_M)
+                q_count += BLOCK_M // ROWS
+                kv_count += tile.blocks
+            elif tile.start_m >= 0:
+                acc = zero_output(rings, BLOCK_DV)
                 sums, maxima = of_rows(l_i, m_i, ROW)
                 store(out, acc, sums, maxima, q_pos, tile, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)

@@ -158,29 +158,42 @@ def opaque_zero():
     )
 
 
+# PTX of `first_column`. Operands: the result; the first column.
+CODE_OF_FIRST: gl.constexpr = gl.constexpr(
+    "{ .reg .b32 x; mov.u32 x, %laneid; and.b32 x, x, 3; shl.b32 x, x, 1; add.s32 $0, x, $1; }"
+)
+
+
+@gluon.jit
+def first_column(first, rows):
+    """The first of its columns that a thread has of a product whose first is `first`; at `rows`."""
+    given = gl.full_like(rows, first)
+    return gl.inline_asm_elementwise(
+        CODE_OF_FIRST, "=r,r", [given], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
 @gluon.constexpr_function
 def code_of_columns(COUNT):
-    """PTX of `columns` for a thread's COUNT elements. Operands: results, the first column."""
-    lines = ["{ .reg .b32 x; mov.u32 x, %laneid; and.b32 x, x, 3; shl.b32 x, x, 1;"]
-    lines.append(f"add.s32 x, x, ${COUNT};")
-    lines += [f"add.s32 ${i}, x, {i // 2 * 8 + i % 2};" for i in range(COUNT)]
-    return " ".join(lines + ["}"])
+    """PTX of `columns` for a thread's COUNT elements."""
+    return " ".join(f"mov.b32 ${i}, {i // 2 * 8 + i % 2};" for i in range(COUNT))
 
 
 @gluon.constexpr_function
 def operands_of_columns(COUNT):
-    return ",".join(["=&r"] * COUNT + ["r"] * COUNT)
+    return ",".join(["=r"] * COUNT + ["r"] * COUNT)
 
 
 @gluon.jit
-def columns(first, COLS: gl.constexpr):
-    """first + gl.arange(0, COLS) along a product's columns, computed where it stands: LLVM keeps
-    the numbers of gl.arange in a register each all around a loop, and ptxas spills."""
+def columns(COLS: gl.constexpr):
+    """The columns of a product, each counted from its thread's `first_column`: numbers that are
+    part of the instructions. LLVM keeps those of gl.arange in a register each all around a loop,
+    and ptxas spills."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, product_layout(COLS))
     COUNT: gl.constexpr = COLS // 4
     return gl.inline_asm_elementwise(
-        code_of_columns(COUNT), operands_of_columns(COUNT),
-        [gl.full([COLS], first, gl.int32, LAYOUT)], dtype=gl.int32, is_pure=True, pack=COUNT,
+        code_of_columns(COUNT), operands_of_columns(COUNT), [gl.zeros([COLS], gl.int32, LAYOUT)],
+        dtype=gl.int32, is_pure=True, pack=COUNT,
     )  # fmt: skip
 
 
