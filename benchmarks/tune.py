@@ -132,10 +132,10 @@ def hopper_launch_for(row, tile, shape: Shape):
         out, lse = problem.empty_out(), problem.empty_lse()
         return hopper.forward_launch(problem, out, lse, counters, tile)
     out, lse = launch.forward(problem)
-    stats, sums, _ = hopper.workspace(problem, hopper.backward_plan(problem, tile), False)
+    stats, sums, turns = hopper.workspace(problem, hopper.backward_plan(problem, tile))
     grads = problem.empty_grads()[1][1:]
-    launch.run(hopper.prepare_launch(problem, out, dout, lse, None, None, stats, sums, None, tile))
-    return hopper.backward_launch(problem, dout, stats, sums, *grads, counters, None, tile)
+    launch.run(hopper.prepare_launch(problem, out, dout, lse, None, None, stats, sums, turns, tile))
+    return hopper.backward_launch(problem, dout, stats, sums, *grads, counters, turns, tile)
 
 
 def compile_hopper(job):

@@ -227,7 +227,7 @@ for batch, seqlen, pages in ((1, 1 << 18, 7), (3, 4096, 16), (16, 1024, 512), (4
     launches = [calls.forward_launch(p, out, lse)]
     launches.append(hopper_calls.forward_launch(p, out, lse, counters))
     plan = hopper_calls.backward_plan(p)
-    stats, sums, turns = hopper_calls.workspace(p, plan, False)
+    stats, sums, turns = hopper_calls.workspace(p, plan)
     if plan.parts == 1:
         launches.append(
             hopper_calls.backward_launch(p, out, stats, sums, k, k, counters, turns, plan.tile)

@@ -211,10 +211,10 @@ def hopper_launch_for(row: Row, problem, tile):
     if row.kernel == "hopper":
         return hopper_calls.forward_launch(problem, out, problem.empty_lse(), counters, tile)
     plan = hopper_calls.backward_plan(problem, tile)
-    stats, sums, turns = hopper_calls.workspace(problem, plan, row.kernel == "hopper_ordered")
-    grads = problem.empty_grads()[1][1:]
+    stats, sums, turns = hopper_calls.workspace(problem, plan)
+    grads, ordered = problem.empty_grads()[1][1:], row.kernel == "hopper_ordered"
     return hopper_calls.backward_launch(
-        problem, out, stats, sums, *grads, counters, turns, plan.tile
+        problem, out, stats, sums, *grads, counters, turns, plan.tile, ordered
     )
 
 

@@ -224,10 +224,13 @@ def backward_plan(problem, tile: Optional[HopperConfig] = None) -> BackwardPlan:
     return BackwardPlan(tile, parts, blocks, 2 * rows, rows * hopper_dim(head_dim))
 
 
-def workspace(problem, plan: BackwardPlan, ordered: bool) -> tuple:
-    """-> (stats, sums), float32, and turns, int32, or None unless `ordered`; uninitialised."""
+def workspace(problem, plan: BackwardPlan) -> tuple:
+    """-> (stats, sums), float32, and turns, int32, or None where sums are to be zeroed;
+    uninitialised."""
     new = {"dtype": torch.float32, "device": problem.q.device}
-    turns = torch.empty(plan.blocks, dtype=torch.int32, device=new["device"]) if ordered else None
+    turns = None
+    if not _is_wide(problem):
+        turns = torch.empty(plan.blocks, dtype=torch.int32, device=new["device"])
     return torch.empty(plan.stats, **new), torch.empty(plan.sums, **new), turns
 
 
@@ -256,30 +259,32 @@ def _rows_launch(problem, kernel, operands, pointers, others, tile, dim, **more)
 
 
 def prepare_launch(problem, out, dout, lse, dlse, delta, stats, sums, turns, tile) -> Launch:
-    """The call that fills `stats`, and `delta` unless it is None, and zeros `sums`, and `turns`
-    unless they are None."""
+    """The call that fills `stats`, and `delta` unless it is None, and zeros `turns`, or `sums` if
+    they are None."""
     pointers, rows = (lse, dlse, delta, stats, sums, turns), (out, dout)
     sums_d = hopper_dim(problem.q.shape[-1])
     dim_v = problem.v.shape[-1]
     return _rows_launch(problem, prepare_kernel, rows, pointers, (), tile, dim_v, SUMS_D=sums_d)
 
 
-def finish_launch(problem, sums, dq, tile) -> Launch:
+def finish_launch(problem, sums, turns, dq, tile) -> Launch:
     """The call that fills `dq`."""
     scale = (mods_of(problem).scale_log2,)
-    return _rows_launch(problem, finish_kernel, (dq,), (sums,), scale, tile, problem.q.shape[-1])
+    return _rows_launch(
+        problem, finish_kernel, (dq,), (sums, turns), scale, tile, problem.q.shape[-1]
+    )
 
 
 def backward_launch(
-    problem, dout, stats, sums, dk, dv, counters, turns, tile: HopperConfig
+    problem, dout, stats, sums, dk, dv, counters, turns, tile: HopperConfig, ordered=False
 ) -> Launch:
-    """The call that adds dQ, over the scale, to `sums`, in the order of the keys unless `turns` is
-    None, and fills dk and dv, which have one or several heads for each of K's."""
+    """The call that adds dQ, over the scale, to `sums`, if `ordered` in the order of the keys, and
+    fills dk and dv, which have one or several heads for each of K's."""
     p, wide = problem, _is_wide(problem)
     block_d, block_dv = hopper_dim(p.q.shape[-1]), hopper_dim(p.v.shape[-1])
     nheads, nheads_k = p.q.shape[-2], dk.shape[-2]
     parts = nheads_k // p.k.shape[-2]
-    schedule = backward_schedule(p, tile.block_n, parts, turns is not None)
+    schedule = backward_schedule(p, tile.block_n, parts, ordered)
     tiles_of_grads = (None, None)
     if not (wide or _scrubs(p)) and dk.dtype == p.k.dtype and all(map(_is_aligned, (dk, dv))):
         tiles_of_grads = tuple(_descriptor(t, ROWS.value, block_d) for t in (dk, dv))
@@ -296,8 +301,9 @@ def backward_launch(
     counts = (*counts_of(p), nheads_k, nheads // nheads_k, parts, *schedule, tiles_q)
     options = {
         "SPEC": spec_of(p), "SCRUB": _scrubs(p), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_D": block_d, **({"BLOCK_DV": block_dv} if wide else {}), "STAGES": tile.stages,
-        "Q_TILES": tile.q_tiles, "num_warps": 4, "enable_fp_fusion": True,
+        "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles,
+        **({"BLOCK_DV": block_dv} if wide else {"DOWN": ordered}),
+        "num_warps": 4, "enable_fp_fusion": True,
     }  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])
     kernel = hopper_wide_backward_kernel if wide else hopper_backward_kernel

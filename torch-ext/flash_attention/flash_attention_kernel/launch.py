@@ -263,7 +263,7 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, mods, dq, dk, dv) -
     if plan is None:
         plan = memo["backward_plan"] = hopper_calls.backward_plan(problem)
     tile, parts = plan[:2]
-    stats, sums, turns = hopper_calls.workspace(problem, plan, ordered)
+    stats, sums, turns = hopper_calls.workspace(problem, plan)
     name = "hopper_ordered" if ordered else "hopper_backward"
     counters, lengths = _counters(device), problem.lengths()
     of_q = (problem.cu_seqlens_q, problem.seqused_q)
@@ -281,7 +281,7 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, mods, dq, dk, dv) -
             memo, name, device, (*problem[:3], dout, sums, stats, to_dk, to_dv, to_dk, to_dv),
             (counters, turns), lengths, (mods,),
             lambda: hopper_calls.backward_launch(
-                problem, dout, stats, sums, to_dk, to_dv, counters, turns, tile
+                problem, dout, stats, sums, to_dk, to_dv, counters, turns, tile, ordered
             ),
         )  # fmt: skip
     except (TritonError, RuntimeError) as error:
@@ -291,8 +291,8 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, mods, dq, dk, dv) -
         memo["takes_hopper"] = False
         return False
     call(
-        memo, "finish", device, (dq,), (sums,), of_q, mods[:1],
-        lambda: hopper_calls.finish_launch(problem, sums, dq, tile),
+        memo, "finish", device, (dq,), (sums, turns), of_q, mods[:1],
+        lambda: hopper_calls.finish_launch(problem, sums, turns, dq, tile),
     )  # fmt: skip
     if parts > 1:
         for grad, partial in ((dk, to_dk), (dv, to_dv)):

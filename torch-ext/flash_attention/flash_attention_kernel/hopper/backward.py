@@ -403,8 +403,8 @@ def hopper_backward_kernel(
     q, k, v, dout, sums, stats, dk, dv, dk_tiles, dv_tiles, counters, turns, cu_seqlens_q,
     cu_seqlens_k, seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads_k, group_size,
     parts, per_head, heads, total, head_group, tiles_q, mods, SPEC: gl.constexpr,
-    SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, Q_TILES: gl.constexpr,
+    SCRUB: gl.constexpr, DOWN: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v and dout are descriptors of [batch, seqlen, heads,
     head_dim] (packed: batch 1), k and v of blocks of ROWS rows, two of which are BLOCK_N; stats and
@@ -422,7 +422,6 @@ def hopper_backward_kernel(
     grads = Grads(dk, dv, dk_tiles, dv_tiles)
     FLAT: gl.constexpr = sums.layout
     to = Sums(None, sums, turns, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))
-    DOWN: gl.constexpr = turns is not None
     gl.warp_specialize(
         [
             (
@@ -433,7 +432,10 @@ def hopper_backward_kernel(
                 multiply,
                 (rings, call, grads, group_size, DOWN, 1, SPEC, SCRUB, BLOCK_M, BLOCK_D),
             ),
-            (multiply_queries, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_D)),
+            (
+                multiply_queries,
+                (rings, call, to, group_size, tiles_q, SPEC, DOWN, BLOCK_M, BLOCK_D),
+            ),
             (
                 load,
                 (
@@ -441,7 +443,7 @@ def hopper_backward_kernel(
                     SPEC, DOWN, BLOCK_M, BLOCK_N,
                 ),
             ),
-            (add, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_N)),
+            (add, (rings, call, to, group_size, tiles_q, SPEC, DOWN, BLOCK_M, BLOCK_N)),
         ],
         [4, 4, 1, 1],
         [208, 72, 24, 24],

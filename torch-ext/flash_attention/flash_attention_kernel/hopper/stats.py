@@ -24,7 +24,7 @@ def prepare_kernel(
 ):  # fmt: skip
     """Grid: (num_tiles * nheads,) over blocks of BLOCK_M query rows. Writes their stats [2,
     BLOCK_M], lse in log2 units and -delta = dlse - rowsum(dO * O) (dlse None: 0), zeros their
-    BLOCK_M * SUMS_D sums and, unless that is None, their number in `turns`, and writes `delta` by
+    number in `turns` or, if that is None, their BLOCK_M * SUMS_D sums, and writes `delta` by
     rows, like lse, unless that is None. A row that does not exist has lse +inf, and so no weights.
 
     out and dout are Operands, the others pointers; stats and sums float32, block after block.
@@ -59,8 +59,9 @@ def prepare_kernel(
     tl.store(stats + offs + BLOCK_M, -delta_row)
     if turns is not None:
         tl.store(turns + block, 0)
-    SIZE: tl.constexpr = BLOCK_M * SUMS_D
-    tl.store(sums + block * SIZE + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
+    else:
+        SIZE: tl.constexpr = BLOCK_M * SUMS_D
+        tl.store(sums + block * SIZE + tl.arange(0, SIZE), tl.zeros([SIZE], tl.float32))
 
 
 @triton.jit
@@ -72,10 +73,11 @@ def in_rows(flat, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "batch", "num_tiles"))
 def finish_kernel(
-    dq, sums, cu_seqlens, seqused, rows, batch, num_tiles, scale_log2,
+    dq, sums, turns, cu_seqlens, seqused, rows, batch, num_tiles, scale_log2,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (num_tiles * nheads,). dq, an Operand, = softmax_scale * sums."""
+    """Grid: (num_tiles * nheads,). dq, an Operand, = softmax_scale * sums; but 0 of a block to
+    which nobody has added, whose number in `turns`, unless they are None, is 0."""
     lengths = Lengths(cu_seqlens, seqused, None, rows, batch)
     head = tl.program_id(0) // num_tiles
     seq, block = find_block(tl.program_id(0) % num_tiles, lengths, BLOCK_M)
@@ -84,6 +86,11 @@ def finish_kernel(
     if start_m < 0 or start_m >= seqlen:
         return
     SIZE: tl.constexpr = BLOCK_M * BLOCK_D
-    flat = tl.load(sums + tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE))
+    ptrs = sums + tl.cast(tl.program_id(0), tl.int64) * SIZE + tl.arange(0, SIZE)
+    if turns is not None:
+        added = tl.load(turns + tl.program_id(0)) > 0
+        flat = tl.load(ptrs, mask=added, other=0.0)
+    else:
+        flat = tl.load(ptrs)
     tile = in_rows(flat, BLOCK_M, BLOCK_D) * (scale_log2 * LN2)
     store_tile(at_head(dq, seq, head, q_first), start_m, seqlen, tile, BLOCK_M, BLOCK_D, DIM)

@@ -5,9 +5,10 @@ full, the warp group adds it, from its registers, which at head dims to 128 took
 It goes in pieces of ROWS x ROWS, of which two fit in shared memory, and of which one takes few
 enough registers to leave the other warp groups theirs.
 
-What a program then waits for was drawn before its own work, and is under way: see Schedule, and
-`load` in backward.py. With the waits on a warp of its own, and not among the products, they cost
-5 % where they had cost 21 (geometric mean of the anchor points, H200).
+What a program then waits for was drawn before its own work, and is under way, or its program is at
+its last steps before: see Schedule, and `load` in backward.py. With the waits on a warp of its own,
+and not among the products, they cost 5 % where they had cost 21 (geometric mean of the anchor
+points, H200).
 """
 
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..masks import blocks_before, diagonal_shift
-from .compat import async_add, reinterpreted
+from .compat import async_add, async_store, reinterpreted
 from .pipeline import ROWS, product_layout
-from .schedule import first_block, next_block, received_work, value_of_note
+from .schedule import answer, ask, first_block, next_block, received_work, value_of_note
+
+STORED: gl.constexpr = gl.constexpr(1 << 30)  # more than can ask
 
 
 class Sums(NamedTuple):
@@ -31,7 +34,8 @@ class Sums(NamedTuple):
 
     ptr: Any  # if the warp group adds it itself, else None
     tiles: Any  # a descriptor, if not
-    turns: Any  # int32 of each block: how many have added to it; None: they add in any order
+    turns: Any  # int32 of each block: how many have added to it, or, in any order, have asked to,
+    # plus STORED when the first's is there; or None: sums were zeroed
     ring: Any  # of pieces, on their way to `add`; or None
 
 
@@ -87,12 +91,11 @@ def add_now(part, ptr):
 
 @gluon.jit
 def multiply_queries(
-    rings, call, sums, group_size, tiles_q, SPEC: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_D: gl.constexpr,
+    rings, call, sums, group_size, tiles_q, SPEC: gl.constexpr, DOWN: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """dQ of every block of queries, of the keys that are the program's at the time."""
     PIECES: gl.constexpr = pieces_of(SPEC.head_dim, BLOCK_M)
-    DOWN: gl.constexpr = sums.turns is not None
     HALVES: gl.constexpr = len(rings.ds)
     work_count = 0
     steps = value_of_note(rings.notes, work_count)
@@ -129,21 +132,22 @@ def multiply_queries(
 
 @gluon.jit
 def await_turn(turn, number):
-    """Wait until `turn`, in memory, is `number`."""
+    """Wait until `turn`, in memory, is at least `number`."""
     gl.inline_asm_elementwise(
         """{
-        .reg .pred other; .reg .b32 seen;
+        .reg .pred early; .reg .b32 seen;
         AGAIN: ld.acquire.gpu.global.b32 seen, [$1];
-        setp.ne.b32 other, seen, $2;
-        @other bra AGAIN;
+        setp.lt.s32 early, seen, $2;
+        @early bra AGAIN;
         mov.b32 $0, 0;
         }""", "=r,l,r", [turn, number], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def pass_turn(turn):
-    """Wait until all that the copy engine was told is in memory, and let the next add: one warp."""
+def pass_turn(turn, number):
+    """Wait until all that the copy engine was told is in memory, and add `number` to `turn`, for
+    which others wait: one warp."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred other; .reg .b32 lane;
@@ -152,52 +156,81 @@ def pass_turn(turn):
         mov.u32 lane, %laneid;
         setp.ne.u32 other, lane, 0;
         @other bra DONE;
-        red.release.gpu.global.add.u32 [$1], 1;
+        red.release.gpu.global.add.u32 [$1], $2;
         DONE: mov.b32 $0, 0;
-        }""", "=r,l", [turn], dtype=gl.int32, is_pure=False, pack=1,
+        }""", "=r,l,r", [turn, number], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def add(
-    rings, call, sums, group_size, tiles_q, SPEC: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-):  # fmt: skip
-    """Add each dQ to `sums`; with turns, in the order of the keys. A turn is passed on when the
-    next has come: meanwhile this one's sum is on its way. But before other work it is passed on at
-    once: that may wait for who waits for this."""
-    PIECES: gl.constexpr = pieces_of(SPEC.head_dim, BLOCK_M)
+def copy_pieces(sums, block, count, is_first, PIECES: gl.constexpr):
+    """Store or add the pieces of a block of queries, number `count` in the program's rings."""
     HEIGHT: gl.constexpr = sums.tiles.block_shape[0]
-    IN_TURN: gl.constexpr = sums.turns is not None
+    for piece in gl.static_range(PIECES):
+        passed = count * PIECES + piece
+        sums.ring.wait(passed)
+        place = sums.ring.tiles.index(passed % 2)
+        row = (block * PIECES + piece) * HEIGHT
+        if is_first:
+            async_store(sums.tiles, [row, 0], place)
+        else:
+            async_add(sums.tiles, [row, 0], place)
+        tma.store_wait(0)  # it has read it
+        sums.ring.release(passed)
+
+
+@gluon.jit
+def add(
+    rings, call, sums, group_size, tiles_q, SPEC: gl.constexpr, DOWN: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+):  # fmt: skip
+    """Add each dQ to `sums`, of which the first is stored: to zero them took 30 us at the anchor
+    points. DOWN: in the order of the keys. Else in any, but after the first, who is the first to
+    have asked.
+
+    A turn is passed on, and the first's sum reported, when the next is due: meanwhile the sum is on
+    its way. But before other work it is done at once: that may wait for who waits for this. No
+    circle waits: a block's first has asked for it before who waits for him, and if he waits
+    himself, it is for a block for which he has asked before."""
+    PIECES: gl.constexpr = pieces_of(SPEC.head_dim, BLOCK_M)
     work_count = 0
     steps = value_of_note(rings.notes, work_count)
     while steps >= 0:
         work = received_work(rings.notes, steps, work_count, call, SPEC)
-        start_m = first_block(work, IN_TURN, BLOCK_M)
+        start_m = first_block(work, DOWN, BLOCK_M)
         head = work.head_k * group_size
-        before = 0
+        tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
+        before = 0  # not `tile`: Triton 3.6 would see no change in `before = tile` below
+        passes = False
+        asked = 0
+        if not DOWN:
+            asked = ask(sums.turns + tile, 0, steps > 0)
         for step in range(0, steps):
-            tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
-            if IN_TURN:
+            if DOWN:
                 shift = diagonal_shift(work.seqlen_q, work.seqlen_k, SPEC)
                 turn = blocks_before(
                     work.start_n, start_m, shift, work.seqlen_k, call.mods, SPEC, BLOCK_N
                 )
                 await_turn(sums.turns + tile, turn)
-                if step > 0:
-                    pass_turn(sums.turns + before)
-            for piece in gl.static_range(PIECES):
-                passed = (work.count + step) * PIECES + piece
-                sums.ring.wait(passed)
-                place = sums.ring.tiles.index(passed % 2)
-                async_add(sums.tiles, [(tile * PIECES + piece) * HEIGHT, 0], place)
-                tma.store_wait(0)  # it has read it
-                sums.ring.release(passed)
+                if passes:
+                    pass_turn(sums.turns + before, 1)
+                is_first = turn == 0
+                passes = True
+            else:
+                is_first = answer(asked) == 0
+                if passes:
+                    pass_turn(sums.turns + before, STORED)
+                if not is_first:
+                    await_turn(sums.turns + tile, STORED)
+                passes = is_first
             before = tile
-            start_m, head = next_block(start_m, head, work, group_size, IN_TURN, BLOCK_M)
-        if IN_TURN:
-            if steps > 0:
-                pass_turn(sums.turns + before)
+            start_m, head = next_block(start_m, head, work, group_size, DOWN, BLOCK_M)
+            tile = head * tiles_q + work.first_tile + start_m // BLOCK_M
+            if not DOWN:
+                asked = ask(sums.turns + tile, 0, step + 1 < steps)
+            copy_pieces(sums, before, work.count + step, is_first, PIECES)
+        if passes:
+            pass_turn(sums.turns + before, 1 if DOWN else STORED)
         rings.notes.release(work_count)
         work_count += 1
         steps = value_of_note(rings.notes, work_count)

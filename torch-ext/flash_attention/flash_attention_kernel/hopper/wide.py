@@ -213,7 +213,10 @@ def hopper_wide_backward_kernel(
                     BLOCK_DV,
                 ),
             ),
-            (multiply_queries, (rings, call, to, group_size, tiles_q, SPEC, BLOCK_M, BLOCK_D)),
+            (
+                multiply_queries,
+                (rings, call, to, group_size, tiles_q, SPEC, False, BLOCK_M, BLOCK_D),
+            ),
             (
                 load,
                 (
