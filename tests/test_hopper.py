@@ -176,6 +176,23 @@ def test_many_tiles(kernel, launch, device, case):
     assert all(not counters.any() for counters in launch._counters_of_stream.values())
 
 
+@pytest.mark.parametrize("causal, lengths", ((False, (639, 640)), (True, (3071, 3072))))
+def test_tiles_by_length(module, causal, lengths):
+    """D 64 takes tiles of 192 rows for long sequences, packed ones by their mean."""
+    hopper_calls = module("flash_attention_kernel.hopper_calls")
+    make_problem, Options = module("problem").AttentionProblem, module("options").Options
+    options = Options(causal=causal)
+    for length, rows in zip(lengths, (128, 192)):
+        dense = [torch.empty(2, length, 4, 64, dtype=torch.half, device="meta") for _ in "qkv"]
+        packed = [t.flatten(0, 1) for t in dense]
+        ends = torch.empty(3, dtype=torch.int32, device="meta")
+        for problem in (
+            make_problem.dense(*dense, options),
+            make_problem.varlen(*packed, ends, ends, 2 * length, 2 * length, options),
+        ):
+            assert hopper_calls.forward_tile(problem).block_m == rows
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "name",

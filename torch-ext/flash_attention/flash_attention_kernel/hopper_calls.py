@@ -84,8 +84,9 @@ def forward_tile(problem) -> HopperConfig:
     """The table's config. That for short sequences also with a window, and with softcap and ALiBi:
     tiles of 192 rows, of whose consumers a thread has 160 registers, spill."""
     p, masked = problem, problem.is_masked()
-    longest = p.q.shape[1] if p.cu_seqlens_q is None else p.max_seqlen_q
-    short = 0 < longest < SHORT[masked] or (masked and p.window_left >= 0)
+    rows, _, batch = counts_of(p)
+    length = rows if p.cu_seqlens_q is None else rows // max(batch, 1)  # packed: the mean
+    short = length < SHORT[masked] or (masked and p.window_left >= 0)
     short = short or (p.softcap > 0.0 and p.alibi_slopes is not None)
     return choose_hopper(p.q.shape[-1], p.v.shape[-1], masked, short)
 
