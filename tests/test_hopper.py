@@ -222,6 +222,23 @@ def test_deterministic(kernel, launch, device, case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", (False, True))
+@pytest.mark.parametrize("name", ("long-causal", "long-window-causal", "long-group", "long-varlen"))
+def test_first_sums_are_stored(kernel, launch, device, monkeypatch, name, deterministic):
+    """Nothing that was in dQ's sums before is read, not of queries without keys either."""
+    hopper_calls = launch._hopper_calls()
+    workspace = hopper_calls.workspace
+
+    def poisoned(problem, plan):
+        stats, sums, turns = workspace(problem, plan)
+        return stats, sums.fill_(float("nan")), turns
+
+    monkeypatch.setattr(hopper_calls, "workspace", poisoned)
+    *inputs, plain = make(LONG_BY_NAME[name], torch.bfloat16, device)
+    check(run(kernel, *inputs, {**plain, "deterministic": deterministic}), *inputs, plain)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", ("long-causal", "long-group", "long-group-64", "long-varlen"))
 def test_parts_of_a_group(kernel, launch, module, device, monkeypatch, name):
     """The query heads of a KV head together or in parts: the same dK and dV, but for rounding."""
