@@ -130,7 +130,7 @@ def load(
     kv_count, work_count = 0, 0
     index = gl.program_id(0)
     if DOWN:  # a program that does not run yet must have no work that others wait for
-        index = answer(ask(call.schedule.counters, 0, index >= 0))
+        index = answer(ask(call.schedule.counters, 0, True))
     while index < call.schedule.total:
         work = find_work(index, call, count, kv_count, group_size, SPEC, BLOCK_M, BLOCK_N)
         rings.notes.send(work, work_count)

@@ -79,8 +79,8 @@ WORK_FIELDS: gl.constexpr = gl.constexpr(len(Work._fields))
 @gluon.jit
 def ask(counter, asked, when):
     """Have this warp add 1 to a counter in memory, if `when` -> what `answer` takes; else `asked`.
-    The answer takes 1 us and more, for which only `answer` waits: with a plain atomic_add the
-    forward took 1 to 3 % more time at 1k."""
+    The answer takes 1 us and more, for which only `answer` waits: with a plain atomic_add, by four
+    warps, the forward took 0.6 to 2.4 % more time at 1k (H200, on zeros)."""
     return gl.inline_asm_elementwise(
         """{
         .reg .pred lead; .reg .b32 lane;
@@ -89,7 +89,7 @@ def ask(counter, asked, when):
         setp.eq.u32 lead, lane, 0;
         setp.ne.and.b32 lead, $3, 0, lead;
         @lead atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
-        }""", "=&r,l,r,r", [counter, asked, when.to(gl.int32)],
+        }""", "=&r,l,r,r", [counter, asked, gl.to_tensor(when).to(gl.int32)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
