@@ -67,6 +67,8 @@ def random_inputs(shape: Shape, device):
     size = (shape.batch_size, shape.seq_len, shape.num_heads, shape.head_dim)
     new = torch.zeros if shape.zeros else torch.randn
     dtype = getattr(torch, shape.dtype)
+    if dtype == torch.float8_e4m3fn:
+        return (*(new(size, device=device).to(dtype) for _ in range(3)), None)
     q, k, v, dout = (new(size, device=device, dtype=dtype) for _ in range(4))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 

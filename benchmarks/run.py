@@ -27,6 +27,7 @@ import torch
 from peers import ANCHORS, ROOT, SDPA_BACKENDS, Shape, peers, random_inputs, versions
 from tabulate import tabulate
 
+DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
 UNITS = {"fwd": "TFLOP/s", "bwd": "TFLOP/s", "host": "us", "host-bwd": "us", "memory": "MiB"}
 
 
@@ -169,7 +170,7 @@ def parse_args():
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--zeros", action="store_true", help="not random data: see peers.Shape")
     parser.add_argument("--turns", type=int, default=1, help="of the peers at each point")
     parser.add_argument("--mode", default="fwd", choices=tuple(MEASURE))

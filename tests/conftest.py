@@ -45,3 +45,22 @@ def device():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launch(module, device, monkeypatch):
+    """The launcher, with `ran`: the names of the kernels that it has called."""
+    if device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs sm_90")
+    launch = module("flash_attention_kernel.launch")
+    call, ran = launch.call, set()
+
+    def recorded(memo, name, *args):
+        call(memo, name, *args)
+        ran.add(name)
+
+    monkeypatch.setattr(module("flash_attention_kernel.plans"), "memos", {})
+    monkeypatch.setattr(module("remembered"), "known", {})
+    monkeypatch.setattr(launch, "call", recorded)
+    monkeypatch.setattr(launch, "ran", ran, raising=False)
+    return launch

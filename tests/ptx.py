@@ -19,10 +19,17 @@ def number(word):
 def compute(name, args):
     """The result of an instruction that neither branches nor writes a predicate."""
     operation = name.split(".")[0]
+    if operation == "mov" and len(args) == 2:  # of 16 bits each
+        low, high = (x.view(np.int32) for x in args)
+        return (low & 0xFFFF | high << 16).view(np.float32)
     if operation == "mov":
         return args[0]
     if operation == "shfl":
         return args[0][LANES ^ args[1].view(np.int32)[0]]
+    if name.endswith("e4m3x2.f32"):  # two to 16 bits, likewise
+        pair = (torch.from_numpy(x.clip(-448, 448)).to(torch.float8_e4m3fn) for x in args)
+        high, low = (x.view(torch.uint8).numpy().astype(np.int32) for x in pair)
+        return (low | high << 8).view(np.float32)
     if operation == "cvt":  # two to a register, the second operand in the lower half
         high, low = (torch.from_numpy(x.copy()).to(HALVES[name.split(".")[2]]) for x in args)
         return torch.stack([low, high], 1).view(torch.int32)[:, 0].numpy().view(np.float32)

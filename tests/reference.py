@@ -24,10 +24,11 @@ def visible(i, j, causal=False, window_size=(-1, -1)):
 def attend(
     q, k, v, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     s_aux=None, attn_bias=None, causal_alignment="bottom-right", keep=None, dropout_p=0.0,
+    round_weights=None,
 ):  # fmt: skip
     """One sequence: q [seqlen_q, h, d], k, v [seqlen_k, h_k, d], alibi_slopes and s_aux (h,),
     attn_bias broadcastable to [h, seqlen_q, seqlen_k], keep [h, seqlen_q, seqlen_k] -> out, lse
-    [h, seqlen_q]."""
+    [h, seqlen_q]. round_weights: what is done to the weights before they meet v."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     seqlen_q, seqlen_k = q.shape[0], k.shape[0]
@@ -57,6 +58,8 @@ def attend(
     p = torch.exp(scores - lse[..., None]).masked_fill(empty[..., None], 0.0)
     if dropout_p:
         p = p * keep / (1.0 - dropout_p)
+    if round_weights is not None:
+        p = round_weights(p)
     out = torch.einsum("hij,jhd->ihd", p, v)
     return out, lse.masked_fill(empty, torch.inf)
 

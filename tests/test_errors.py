@@ -29,7 +29,8 @@ DENSE = [  # what changes, the exception, what its message says
     ("k, v lengths", {"v": zeros(2, 99, 2, 32)}, ValueError, "k and v must agree"),
     ("head_dim_v 0", {"v": zeros(2, 110, 2, 0)}, ValueError, "v's head_dim must.*got 0"),
     ("head_dim_v", {"v": zeros(2, 110, 2, 513)}, ValueError, "v's head_dim must.*512, got 513"),
-    ("fp8", {"q": zeros(*Q, dtype=torch.float8_e4m3fn)}, NotImplementedError, "float8.*bfloat16"),
+    ("fp8", {"q": zeros(*Q, dtype=torch.float8_e5m2)}, NotImplementedError, "float8.*bfloat16"),
+    ("fp8 q alone", {"q": zeros(*Q, dtype=torch.float8_e4m3fn)}, TypeError, "one dtype.*float8"),
     ("k on meta", {"k": lambda d: zeros(2, 110, 2, 32)("meta")}, ValueError, "one device.*meta"),
 ]
 
@@ -67,8 +68,8 @@ OPTIONS = [  # tensors are made on the inputs' device
     ({"attn_bias": torch.ones(90, 110).int()}, TypeError, "attn_bias.*boolean, got torch.int32"),
     ({"attn_bias": torch.ones(90, 110, device="meta")}, ValueError, "attn_bias.*device.*meta"),
     ({"causal_alignment": "top"}, ValueError, "causal_alignment must be one of.*got top"),
-    ({"q_descale": torch.ones(1)}, NotImplementedError, "q_descale.*float8"),
-    ({"v_descale": torch.ones(1)}, NotImplementedError, "v_descale.*float8"),
+    ({"q_descale": torch.ones(1)}, ValueError, "q_descale is for float8.*float16"),
+    ({"v_descale": torch.ones(1)}, ValueError, "v_descale is for float8.*float16"),
     ({"softmax_scale": "0.1"}, TypeError, "softmax_scale.*str"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite"),
     ({"softmax_scale": torch.ones(2)}, ValueError, "softmax_scale must be one number"),

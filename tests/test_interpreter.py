@@ -113,6 +113,35 @@ def test_around_the_hopper_backward(module, name, head_dim, head_dim_v):
     torch.testing.assert_close(dq, want_dq)
 
 
+@pytest.mark.parametrize("name", ("full", "varlen-gqa", "used-causal"))
+def test_transposed_values(module, name):
+    """float8's V: keys along the columns, in the order of a thread's elements; 0 past a sequence,
+    as far as its last block."""
+    hopper_calls, plans = (
+        module(f"flash_attention_kernel.{name}") for name in ("hopper_calls", "plans")
+    )
+    case, block_n = BY_NAME[name], 128
+    q, k, v, _, _, options = make(case, torch.float16, "cpu")
+    eight = [t.to(torch.float8_e4m3fn) for t in (q, k, v)]
+    problem = problem_of(module, case, *eight, options)
+    values = hopper_calls.empty_values(problem)
+    values.view(torch.int8).fill_(0x7F)
+    plans.run(hopper_calls.values_launch(problem, values))
+    got = values.float().unflatten(2, (-1, block_n // 16, 4, 2, 2))  # [..., t, b, e]
+    got = got.transpose(-2, -3).flatten(3).flatten(2)  # [nheads_k, columns, keys]
+    firsts = problem.cu_seqlens_k
+    for seq, length in enumerate(case.lens_k or (case.seqlen_k,) * case.batch):
+        used = length if problem.seqused_k is None else int(problem.seqused_k[seq])
+        tile, rows = seq * -(-length // block_n), eight[2][seq] if firsts is None else None
+        if firsts is not None:
+            first = int(firsts[seq])
+            tile, rows = first // block_n + seq, eight[2][first : first + length]
+        end = -(-used // block_n) * block_n
+        part = got[:, : v.shape[-1], tile * block_n : tile * block_n + end]
+        assert torch.equal(part[..., :used], rows[:used].float().permute(1, 2, 0))
+        assert not part[..., used:].any()
+
+
 @triton.jit
 def turns_kernel(
     begins, ends, turns, seqlen_q, seqlen_k, shift, mods, rows, cols,

@@ -39,7 +39,7 @@ LAYERS = {
     "padding": set(),
     "problem": {"checks", "options"},
     "checks": set(),
-    "options": set(),
+    "options": {"checks"},
     "flash_attention_kernel/__init__": set(),
     "flash_attention_kernel/launch": {
         "append_kv", "cache_calls", "calls", "config", "hopper_calls", "plans",
@@ -62,9 +62,11 @@ LAYERS = {
     "flash_attention_kernel/hopper/softmax": {"pipeline", "softmax"},
     "flash_attention_kernel/hopper/products": {"pipeline", "softmax"},
     "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline", "products"},
+    "flash_attention_kernel/hopper/values": {"common", "seqlen"},
+    "flash_attention_kernel/hopper/producer": {"pipeline", "schedule"},
     "flash_attention_kernel/hopper/forward": {
-        "epilogue", "masks", "pages", "pipeline", "products", "schedule", "scores", "seqlen",
-        "softmax",
+        "epilogue", "masks", "pages", "pipeline", "producer", "products", "schedule", "scores",
+        "seqlen", "softmax",
     },
     "flash_attention_kernel/calls": {
         "backward", "common", "config", "forward", "pages", "rotary", "score_tiles", "seqlen",
@@ -168,7 +170,12 @@ def test_tables_are_complete(module):
     for key, entry in json.loads((KERNELS / "tuned/sm_90.json").read_text())["hopper"].items():
         assert "tflops" not in entry or {"triton", "commit"} <= set(entry), key
     for head_dim, head_dim_v in ((8, 8), (64, 32), (96, 96), (192, 128), (192, 256), (256, 256)):
-        assert config.choose_hopper(head_dim, head_dim_v, head_dim > 64, head_dim_v < 64)
+        assert config.choose_hopper(
+            head_dim, head_dim_v, "causal" if head_dim > 64 else "full", head_dim_v < 64
+        )
+        assert max(head_dim, head_dim_v) > 128 or config.choose_hopper(
+            head_dim, head_dim_v, "float8", head_dim_v < 64
+        )
     for mods in (False, True):
         assert config.choose_hopper_backward(80, mods) == config.choose_hopper_backward(128, mods)
         assert config.choose_hopper_backward(192, mods).block_n == 64  # hopper/wide.py's

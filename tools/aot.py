@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DIMS = (64, 128, 256, 512)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FLOAT8 = {"fp8": torch.float8_e4m3fn}  # of the hopper forward alone
 
 
 OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain call, is set
@@ -117,7 +118,9 @@ def problem_for(row: Row):
     length = (row.rows or LONG) if row.kernel.startswith("hopper") else 256
     rows, heads_k = ((2 * length,), 2) if row.varlen else ((2, length), 4)
     q, k, v = (
-        torch.empty((*rows, heads, row.head_dim), dtype=DTYPES[row.dtype], device="meta")
+        torch.empty(
+            (*rows, heads, row.head_dim), dtype={**DTYPES, **FLOAT8}[row.dtype], device="meta"
+        )
         for heads in (4, heads_k, heads_k)
     )
     options = import_module(f"{package()}.options").Options(causal=row.causal)
@@ -209,7 +212,12 @@ def hopper_launch_for(row: Row, problem, tile):
     counters = torch.empty(2, dtype=torch.int32, device="meta")
     out = problem.empty_out()
     if row.kernel == "hopper":
-        return hopper_calls.forward_launch(problem, out, problem.empty_lse(), counters, tile)
+        eight = ()
+        if problem.is_float8():
+            eight = (hopper_calls.empty_values(problem), problem.gains())
+        return hopper_calls.forward_launch(
+            problem, out, problem.empty_lse(), counters, tile, *eight
+        )
     plan = hopper_calls.backward_plan(problem, tile)
     stats, sums, turns = hopper_calls.workspace(problem, plan)
     grads, ordered = problem.empty_grads()[1][1:], row.kernel == "hopper_ordered"
@@ -292,6 +300,9 @@ def rows(architectures, quick: bool):
                 if options != "sink":  # which gradients do not see
                     yield Row("sm_90", "hopper_backward", dtype, dim, causal, varlen, options)
             yield Row("sm_90", "hopper_ordered", dtype, dim, causal, varlen)
+            if dtype == "bf16":
+                for options in ("plain", "both"):
+                    yield Row("sm_90", "hopper", "fp8", dim, causal, varlen, options)
             for more in (96, 192, 256) if dim == 128 else ():
                 yield Row("sm_90", "hopper", dtype, more, causal, varlen)
                 yield Row("sm_90", "hopper_backward", dtype, more, causal, varlen)

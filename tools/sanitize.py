@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 
 import cache_checking
+import checking
 import torch
 from cache_cases import CacheCase, make_cache
 from cases import Case, make
-from checking import run
 from kernels import get_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +41,7 @@ CASES = [
     Case("256-packed", head_dim=256, lens_q=(100, 230), lens_k=(100, 230), **HEADS),
     CacheCase("pages", 200, lens_k=(507, 300), head_dim=128, page=128, causal=True),
 ]  # fmt: skip
+FLOAT8 = ("64", "64-192-rows", "128-causal", "128-window", "128-packed")  # as that, too, forward
 
 
 def call(case):
@@ -54,7 +55,9 @@ def call(case):
         return
     *inputs, options = make(case, torch.bfloat16, device)
     for deterministic in (False, True):
-        run(kernel, *inputs, {**options, "deterministic": deterministic})
+        checking.run(kernel, *inputs, {**options, "deterministic": deterministic})
+    if case.name in FLOAT8:
+        checking.call(kernel, *(t.to(torch.float8_e4m3fn) for t in inputs[:3]), options)
 
 
 def main():

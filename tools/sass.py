@@ -9,7 +9,7 @@ from collections import deque
 from typing import NamedTuple, Set
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_.a-z]+)\s*(.*?)\s*;")
-WRITES_NO_REGISTER = ("ST", "UTMA", "SYNCS", "HGMMA")
+WRITES_NO_REGISTER = ("ST", "UTMA", "SYNCS", "HGMMA", "QGMMA")
 
 
 class Instruction(NamedTuple):
@@ -33,7 +33,7 @@ def parse_instruction(address, predicate, name, arguments) -> Instruction:
     if re.fullmatch(r"UR\d+", operands[0]) and not name.startswith(WRITES_NO_REGISTER):
         first = int(operands.pop(0)[2:])
         writes = {first, first + 1} if pairs else {first}
-    if name.startswith("HGMMA"):  # four registers; with A in registers the last two
+    if name.startswith(("HGMMA", "QGMMA")):  # four registers; with A in registers the last two
         first = int(re.search(r"gdesc\[UR(\d+)\]", arguments).group(1))
         reads = set(range(first + (2 if re.fullmatch(r"R\d+", operands[1]) else 0), first + 4))
         operands = []

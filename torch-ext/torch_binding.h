@@ -9,6 +9,7 @@
   "Tensor? seqused_q, Tensor? seqused_k, Tensor? leftpad_k, "                    \
   "Tensor? block_table, Tensor? cache_batch_idx, "                               \
   "Tensor? attn_bias, Tensor? alibi_slopes, Tensor? s_aux, Tensor? rng_state, "  \
+  "Tensor? descale, "                                                            \
   "float softmax_scale, bool causal, SymInt window_left, SymInt window_right, "  \
   "bool top_left, float softcap, float dropout_p, "                              \
   "SymInt num_splits, bool batch_invariant, bool deterministic, SymInt max_seqlen_q"

@@ -75,7 +75,8 @@ class Attention(torch.autograd.Function):
         of_packed = [None if t is None else next(grads) for t in packed]
         of_mods = [next(grads) if flag else None for flag in wanted]
         of_lengths = [None] * (FIRST_MOD - 3)
-        return (None, None, *of_packed, *of_lengths, *of_mods, None, *(None for _ in ctx.scalars))
+        of_others = [None] * (NUM_TENSORS - FIRST_MOD - 3 + len(ctx.scalars))
+        return (None, None, *of_packed, *of_lengths, *of_mods, *of_others)
 
 
 # What Function.apply calls in the end, where no functorch transform is active; before that it

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT8 = torch.float8_e4m3fn
 DEVICES = ("cuda", "xpu", "cpu", "meta")
 MAX_HEAD_DIM = 512
 MAX_CACHE_HEAD_DIM = 576  # latent attention's q and k
@@ -13,7 +14,7 @@ def check_tensors(q, k, v, rank, layout):
     """Types, dtypes, devices and shapes that do not depend on dense or packed."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_rank(name, tensor, rank, layout)
-    _check_kind(q, k, v, ("k", "v"))
+    _check_kind(q, k, v, ("k", "v"), (*DTYPES, FLOAT8))
     _check_shapes(q.shape, k.shape, v.shape, ("k", "v"), MAX_HEAD_DIM)
     if not torch.compiler.is_compiling():
         _check_plain(q, k, v)
@@ -29,7 +30,7 @@ def check_cache(q, k, v, names, rank, layout, max_head_dim):
                 f"{name} must have its columns next to each other, got strides "
                 f"{tensor.stride()}; a copy of a cache on every call would cost too much"
             )
-    _check_kind(q, k, v, names)
+    _check_kind(q, k, v, names, DTYPES)
     _check_shapes(q.shape, k.shape, v.shape, names, max_head_dim)
     if not torch.compiler.is_compiling():
         _check_plain(q, k, v)
@@ -52,12 +53,19 @@ def _check_rank(name, tensor, rank, layout):
         )
 
 
-def _check_kind(q, k, v, names):
+def _check_kind(q, k, v, names, dtypes):
     """dtype and device."""
     dtype, device = q.dtype, q.device
-    if dtype not in DTYPES:
+    if dtype not in dtypes:
+        if dtype == FLOAT8:
+            raise NotImplementedError(
+                f"q is {dtype}, which is not implemented for a cache or pages; cast q, "
+                f"{names[0]} and {names[1]} to bfloat16"
+            )
         if "float8" in str(dtype):
-            raise NotImplementedError(f"q is {dtype}, not implemented yet; cast it to bfloat16")
+            raise NotImplementedError(
+                f"q is {dtype}, which is not implemented; use float8_e4m3fn, or bfloat16"
+            )
         raise TypeError(f"q must be float16, bfloat16 or float32, got {dtype}")
     if k.dtype != dtype or v.dtype != dtype:
         raise TypeError(

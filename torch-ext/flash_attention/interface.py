@@ -7,7 +7,7 @@ import torch
 
 from . import remembered
 from .autograd import attention, probabilities
-from .options import Options
+from .options import FLOAT8, Options
 from .problem import AttentionProblem
 
 NO_TENSORS = (None,) * (len(AttentionProblem.tensors(AttentionProblem._fields)) - 3)
@@ -46,7 +46,10 @@ def flash_attn_func(
 
     Arguments:
         q: [batch, seqlen_q, nheads, head_dim], float16, bfloat16 or float32 (IEEE arithmetic, no
-            TF32). head_dim is 1 to 512. Inside torch.autocast, q, k and v are cast to its dtype.
+            TF32), or, for inference, float8_e4m3fn. head_dim is 1 to 512. Inside torch.autocast, q,
+            k and v are cast to its dtype, unless they are float8. On Hopper float8's weights are
+            rounded to e4m3, 2^8 times as great as the row's greatest at the time; elsewhere, and
+            past head_dim 128, q, k and v are cast to bfloat16.
         k: [batch, seqlen_k, nheads_k, head_dim], with nheads a multiple of nheads_k.
         v: [batch, seqlen_k, nheads_k, head_dim_v]; head_dim_v, 1 to 512, may differ from head_dim.
         dropout_p: chance, in [0, 1), that a probability is set to 0, the others being divided by
@@ -74,10 +77,13 @@ def flash_attn_func(
             the shapes, so that the GPU is full. Forward alone.
         batch_invariant: no bit of a sequence's result depends on the others of the batch; so too
             with num_splits=1.
-        q_descale, k_descale, v_descale: must be None (float8 is not implemented yet).
+        q_descale, k_descale, v_descale: (batch, nheads_k) float32, or None, 1: what float8's q, of
+            the heads of a group, k and v are to be multiplied by (as FlashAttention-3 takes them);
+            positive.
 
     Returns:
-        out: [batch, seqlen_q, nheads, head_dim_v] in q's dtype. A query that sees no key gives 0.
+        out: [batch, seqlen_q, nheads, head_dim_v] in q's dtype, of float8 in bfloat16. A query that
+            sees no key gives 0.
         lse: only if return_attn_probs: [batch, nheads, seqlen_q] float32, the natural logarithm of
             the sum of exp(score) over the row's keys, and its sink; +inf for a row without either.
             Differentiable like out.
@@ -88,7 +94,7 @@ def flash_attn_func(
     Raises:
         TypeError: a dtype or type that does not fit, naming the argument.
         ValueError: a shape, device or value that does not fit, naming the argument.
-        NotImplementedError: float8, and the way round.
+        NotImplementedError: a gradient through float8, or dropout with it, and the way round.
         RuntimeError: on a second derivative; backward is once differentiable.
     """
     options = Options(
@@ -310,6 +316,8 @@ def _dense_signature(q, k, v, options):
     o = options
     if o.dropout_p or not (o.alibi_slopes is o.s_aux is o.learnable_sink is o.attn_bias is None):
         return None
+    if not (o.descales[0] is o.descales[1] is o.descales[2] is None):
+        return None
     window = o.window_size if type(o.window_size) is tuple else (o.window_size,)
     return remembered.signature(
         (q, k, v), "dense", torch.is_autocast_enabled("cuda"), o.softmax_scale, o.causal, o.softcap,
@@ -346,7 +354,8 @@ def _autocast(*tensors):
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    cast = (t.is_floating_point() and t.dtype != FLOAT8 for t in tensors)  # whose scales are apart
+    return tuple(t.to(dtype) if casts else t for t, casts in zip(tensors, cast))
 
 
 def _packed(name, tensor, rank, parts, layout):

@@ -83,7 +83,7 @@ def flash_attn_with_kvcache(
         batch_invariant: no bit of a sequence's result depends on the others, with splits of a fixed
             number of keys.
         dropout_p: must be 0.0. deterministic: accepted; results are always repeatable.
-        q_descale, k_descale, v_descale: must be None (float8 is not implemented yet).
+        q_descale, k_descale, v_descale: must be None (of a cache float8 is not implemented).
 
     Returns:
         out: like q, with head_dim_v columns. A query that sees no key gives 0.
@@ -115,10 +115,10 @@ def flash_attn_with_kvcache(
         scalars, memo = known
         problem, cos, sin = _problem(tensors, scalars), rotary_cos, rotary_sin
     else:
-        _check_dropout(dropout_p)
+        _check_refused(dropout_p, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
         options = Options(
             0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux, learnable_sink,
-            None, causal_alignment, (q_descale, k_descale, v_descale), num_splits, batch_invariant,
+            None, causal_alignment, num_splits=num_splits, batch_invariant=batch_invariant,
         )  # fmt: skip
         problem = AttentionProblem.kvcache(
             q, k_cache, v_cache, options, cache_seqlens, cache_batch_idx, cache_leftpad, table,
@@ -141,7 +141,7 @@ def _problem(tensors, scalars):
     ]
     return AttentionProblem(
         q, k_cache, v_cache, cu_seqlens_q, None, None, seqlens, leftpad, table, batch_idx, None,
-        slopes, sink, None, *scalars,
+        slopes, sink, None, None, *scalars,
     )  # fmt: skip
 
 
@@ -157,7 +157,13 @@ def _remember(key, tensors, problem, cos, sin):
     return remembered.keep(key, scalars)
 
 
-def _check_dropout(dropout_p):
+def _check_refused(dropout_p, **descales):
+    for name, value in descales.items():
+        if value is not None:
+            raise NotImplementedError(
+                f"{name} is for float8, which is not implemented for a cache; keep it in bfloat16, "
+                "or pass keys and values themselves to flash_attn_varlen_func"
+            )
     if dropout_p:
         raise NotImplementedError(
             f"dropout_p must be 0.0 with a KV cache, got {dropout_p}; to train, pass the keys and "

@@ -27,7 +27,11 @@ def _launch():
 
 
 def _fwd_cpu(*fields):
-    return cpu.forward(AttentionProblem(*fields))
+    problem = AttentionProblem(*fields)
+    if problem.is_float8():
+        out, lse = cpu.forward(problem.dequantized(torch.float32))
+        return out.to(torch.bfloat16), lse
+    return cpu.forward(problem)
 
 
 def _bwd_cpu(dout, dlse, out, lse, pack, wanted, *fields):

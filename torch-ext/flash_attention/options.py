@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
+from .checks import FLOAT8
+
 ALIGNMENTS = ("bottom-right", "top-left")
 
 
@@ -32,7 +34,7 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
-def checked_fields(q, options: Options, sizes, rng_state):
+def checked_fields(q, options: Options, sizes, rng_state, nheads_k):
     """AttentionProblem's fields from attn_bias on; raises what is wrong with the options.
 
     sizes: batch, nheads, seqlen_q, seqlen_k (None: unknown).
@@ -41,6 +43,7 @@ def checked_fields(q, options: Options, sizes, rng_state):
     scale = _scale(o.softmax_scale, q.shape[-1])
     if _is_plain(o):  # 4 us of host time sooner
         return (
+            None,
             None,
             None,
             None,
@@ -57,12 +60,6 @@ def checked_fields(q, options: Options, sizes, rng_state):
             bool(o.deterministic),
         )
     batch, nheads = sizes[:2]
-    for name, value in zip(("q_descale", "k_descale", "v_descale"), o.descales):
-        if value is not None:
-            raise NotImplementedError(
-                f"{name} is for float8 inputs, which are not implemented yet; pass float16 or "
-                "bfloat16 tensors, multiplied by their scales"
-            )
     causal, left, right = _window(o.window_size, bool(o.causal))
     if o.causal_alignment not in ALIGNMENTS:
         raise ValueError(f"causal_alignment must be one of {ALIGNMENTS}, got {o.causal_alignment}")
@@ -82,6 +79,7 @@ def checked_fields(q, options: Options, sizes, rng_state):
         _alibi_slopes(o.alibi_slopes, q, batch, nheads),
         _sink("s_aux" if o.learnable_sink is None else "learnable_sink", sink, q, nheads),
         rng_state if dropout_p > 0.0 else None,
+        _descale(o.descales, q, batch, nheads_k),
         scale,
         causal,
         left,
@@ -198,6 +196,34 @@ def _sink(name, sink, q, nheads):
     if tuple(sink.shape) != (nheads,):
         raise ValueError(f"{name} must have shape (nheads,) = ({nheads},), got {tuple(sink.shape)}")
     return sink.contiguous()
+
+
+def _descale(descales, q, batch, nheads_k):
+    """AttentionProblem's from q_descale, k_descale and v_descale."""
+    shape = (batch, nheads_k)
+    for name, given in zip(("q_descale", "k_descale", "v_descale"), descales):
+        if given is None:
+            continue
+        if q.dtype != FLOAT8:
+            raise ValueError(
+                f"{name} is for float8 inputs, and q is {q.dtype}: multiply the tensor by it"
+            )
+        _on_q_device(name, given, q)
+        if given.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {given.dtype}")
+        if tuple(given.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape (batch, nheads_k) = {shape}, got {tuple(given.shape)}"
+            )
+    if descales[0] is descales[1] is descales[2] is None:
+        return None
+    q_scale, k_scale, v_scale = (1.0 if given is None else given for given in descales)
+    return torch.stack(
+        [
+            torch.as_tensor(s, dtype=torch.float32, device=q.device).expand(shape)
+            for s in (q_scale * k_scale, v_scale)
+        ]
+    )
 
 
 def _attn_bias(bias, q, sizes):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    FLOAT8,
     MAX_CACHE_HEAD_DIM,
     MAX_HEAD_DIM,
     check_cache,
@@ -42,6 +43,7 @@ class AttentionProblem(NamedTuple):
     alibi_slopes: Optional[Tensor]  # (nheads,) or (batch, nheads) float32
     s_aux: Optional[Tensor]  # (nheads,): each row's score without a value
     rng_state: Optional[Tensor]  # (1,) int64: dropout's seed
+    descale: Optional[Tensor]  # [2, batch, nheads_k] float32: float8's products, and values, times
     softmax_scale: float
     causal: bool  # keys beyond the diagonal are not seen
     window_left: int  # keys before the diagonal that are seen; -1: all
@@ -63,7 +65,9 @@ class AttentionProblem(NamedTuple):
             raise ValueError(f"k must have q's batch size {q_shape[0]}, got {k_shape[0]}")
         lengths = (None,) * 7
         sizes = (q_shape[0], q_shape[2], q_shape[1], k_shape[1])
-        return cls(q, k, v, *lengths, *checked_fields(q, options, sizes, rng_state), 0)
+        fields = checked_fields(q, options, sizes, rng_state, k_shape[2])
+        problem = cls(q, k, v, *lengths, *fields, 0)
+        return problem if q.dtype != FLOAT8 else problem.checked_float8()
 
     @classmethod
     def varlen(
@@ -95,14 +99,14 @@ class AttentionProblem(NamedTuple):
         if block_table is not None:
             block_table = int32_table("block_table", block_table, device, batch)
         sizes = (batch, q.shape[1], known(max_seqlen_q), known(max_seqlen_k))
-        fields = checked_fields(q, options, sizes, rng_state)
+        fields = checked_fields(q, options, sizes, rng_state, k.shape[-2])
         cu_seqlens = (cu_seqlens_q, cu_seqlens_k)
         problem = cls(
             q, k, v, *cu_seqlens, *per_sequence, block_table, None, *fields, sizes[2] or 0
         )
         if block_table is not None:
             check_no_grad(problem, "block_table")
-        return problem
+        return problem if q.dtype != FLOAT8 else problem.checked_float8()
 
     @classmethod
     def kvcache(
@@ -136,12 +140,21 @@ class AttentionProblem(NamedTuple):
         if cache_leftpad is not None:
             cache_leftpad = int32_lengths("cache_leftpad", cache_leftpad, device, batch)
         sizes = (batch, q.shape[-2], None, None)
-        fields = checked_fields(q, options, sizes, None)
+        fields = checked_fields(q, options, sizes, None, k_cache.shape[-2])
         lengths = (cu_seqlens_q, None, None, None, cache_leftpad)
         where = (block_table, cache_batch_idx)
         problem = cls(q, k_cache, v_cache, *lengths, *where, *fields, known(max_seqlen_q) or 0)
         check_no_grad(problem, "a KV cache")
         return problem.with_cache_seqlens(cache_seqlens)
+
+    def checked_float8(self) -> "AttentionProblem":
+        """The problem, which is float8's; raises what that cannot be asked for."""
+        check_no_grad(self, "float8")
+        if self.dropout_p:
+            raise NotImplementedError(
+                f"dropout_p must be 0.0 with float8, got {self.dropout_p}; cast q, k, v to bfloat16"
+            )
+        return self
 
     def with_cache_seqlens(self, cache_seqlens):
         """The problem of which sequence b has cache_seqlens[b] keys, or as many each, or all."""
@@ -189,7 +202,7 @@ class AttentionProblem(NamedTuple):
 
     def tensors(self):
         """The fields that are tensors or None."""
-        return self[:14]
+        return self[:15]
 
     def lengths(self):
         """cu_seqlens_q to leftpad_k."""
@@ -205,7 +218,7 @@ class AttentionProblem(NamedTuple):
 
     def modifiers(self):
         """The scalars from causal on."""
-        return self[15:]
+        return self[16:]
 
     def weight(self) -> str:
         """How many registers the options take, for the choice of tiles: '', 'bias', 'dropout', or
@@ -237,7 +250,35 @@ class AttentionProblem(NamedTuple):
             or self.dropout_p > 0.0
             or self.alibi_slopes is not None
             or self.attn_bias is not None
+            or self.descale is not None
         )
+
+    def is_float8(self) -> bool:
+        """Whether q, k and v are eight-bit numbers."""
+        return self.q.dtype == FLOAT8
+
+    def gains(self) -> Tensor:
+        """descale of every query head: [2, batch, nheads] float32, 1 where it is not given."""
+        nheads, nheads_k = self.q.shape[-2], self.k.shape[-2]
+        if self.descale is None:
+            sizes = (2, self.batch(), nheads)
+            return torch.ones(sizes, dtype=torch.float32, device=self.q.device)
+        group = nheads // nheads_k
+        return self.descale if group == 1 else self.descale.repeat_interleave(group, 2)
+
+    def dequantized(self, dtype) -> "AttentionProblem":
+        """float8's problem in another dtype, its k and v times descale."""
+        q, k, v = (tensor.float() for tensor in self[:3])
+        if self.descale is not None:
+            gains = self.descale.unsqueeze(-1)  # [2, batch, nheads_k, 1]
+            if self.cu_seqlens_k is None:
+                gains = gains.unsqueeze(2)
+            else:
+                rows = torch.arange(k.shape[0], device=k.device, dtype=torch.int32)
+                seqs = torch.searchsorted(self.cu_seqlens_k[1:], rows, right=True)
+                gains = gains[:, seqs.clamp(max=gains.shape[1] - 1)]
+            k, v = k * gains[0], v * gains[1]
+        return self._replace(q=q.to(dtype), k=k.to(dtype), v=v.to(dtype), descale=None)
 
     def needs_grad(self) -> bool:
         """Whether autograd must record this call."""
@@ -254,6 +295,8 @@ class AttentionProblem(NamedTuple):
         """Uninitialised out: q's shape with head_dim_v columns; in memory q's order of dimensions,
         but for the columns, which lie next to each other."""
         q, head_dim_v = self.q, self.v.shape[-1]
+        if self.is_float8():
+            return q.new_empty((*q.shape[:-1], head_dim_v), dtype=torch.bfloat16)
         if q.stride(-1) > 1:
             return q.new_empty((*q.shape[:-1], head_dim_v))
         if head_dim_v == q.shape[-1]:

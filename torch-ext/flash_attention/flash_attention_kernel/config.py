@@ -189,10 +189,9 @@ def hopper_parts(head_dim: int) -> tuple:
 
 
 @functools.lru_cache(maxsize=None)
-def choose_hopper(head_dim: int, head_dim_v: int, masked: bool, short: bool) -> HopperConfig:
-    """hopper/forward.py's config. short: of sequences too short for tiles of 192 rows; they have a
-    row of their own where others have such tiles."""
-    kind = "causal" if masked else "full"
+def choose_hopper(head_dim: int, head_dim_v: int, kind: str, short: bool) -> HopperConfig:
+    """hopper/forward.py's config. kind: full, causal (and window) or float8; short: of sequences
+    too short for tiles of 192 rows, which have a row of their own where others have such tiles."""
     width = hopper_dim(max(head_dim, head_dim_v))
     if hopper_parts(head_dim)[1]:
         width = "192x128" if head_dim_v <= 128 else "192"

@@ -21,10 +21,14 @@ from .hopper.backward import hopper_backward_kernel
 from .hopper.forward import hopper_forward_kernel
 from .hopper.pipeline import ROWS
 from .hopper.stats import finish_kernel, prepare_kernel
+from .hopper.values import transpose_values_kernel
 from .hopper.wide import hopper_wide_backward_kernel
 from .seqlen import Lengths, num_tiles
 
-ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+ELEMENTS = {
+    torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}  # fmt: skip
 FLAT_ROWS = gl.NVMMASharedLayout(0, 32, 2)  # float32 in a row
 # Rows of sequences too short for tiles of 192, full and causal: masked they have two blocks of keys
 # at the diagonal for one of 128's. D 64 on an H200, TFLOP/s with 192 and 128, random data: full 380
@@ -38,13 +42,14 @@ def serves(problem) -> bool:
     p = problem
     if p.dropout_p > 0.0 or p.attn_bias is not None or p.q.dtype == torch.float32:
         return False
-    if max(p.q.shape[-1], p.v.shape[-1]) > HOPPER_DIMS[-1]:
+    eight = p.is_float8()
+    if max(p.q.shape[-1], p.v.shape[-1]) > (128 if eight else HOPPER_DIMS[-1]):
         return False
     if p.block_table is not None and (
         p.k.shape[1] % forward_tile(p).block_n > 0 or p.leftpad_k is not None
     ):
         return False  # a block of keys must lie in one page
-    return all(map(_is_aligned, (p.q, p.k, p.v)))
+    return all(map(_is_aligned, (p.q, p.k) if eight else (p.q, p.k, p.v)))
 
 
 def _is_aligned(tensor) -> bool:
@@ -88,7 +93,8 @@ def forward_tile(problem) -> HopperConfig:
     length = rows if p.cu_seqlens_q is None else rows // max(batch, 1)  # packed: the mean
     short = length < SHORT[masked] or (masked and p.window_left >= 0)
     short = short or (p.softcap > 0.0 and p.alibi_slopes is not None)
-    return choose_hopper(p.q.shape[-1], p.v.shape[-1], masked, short)
+    kind = "float8" if p.is_float8() else "causal" if masked else "full"
+    return choose_hopper(p.q.shape[-1], p.v.shape[-1], kind, short)
 
 
 def _blocks(problem, cu_seqlens, rows, block, heads) -> tuple:
@@ -148,15 +154,48 @@ def parts_of_group(problem, tile: HopperConfig) -> int:
     return parts
 
 
-def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = None) -> Launch:
-    """The call that fills `out` and `lse`. counters: [2] int32 zeros, which it leaves so."""
+def empty_values(problem):
+    """Uninitialised transposed values of float8; see transpose_values_kernel."""
+    p, block_n = problem, forward_tile(problem).block_n
+    columns = tiles_of_keys(p, block_n) * block_n
+    return p.v.new_empty((p.v.shape[-2], hopper_dim(p.v.shape[-1]), columns))
+
+
+def tiles_of_keys(problem, block_n) -> int:
+    """The blocks of keys of one head, of all sequences."""
+    _, rows_k, batch = counts_of(problem)
+    return num_tiles(Lengths(problem.cu_seqlens_k, None, None, rows_k, batch), block_n)
+
+
+def values_launch(problem, values) -> Launch:
+    """The call that fills `values`, like `empty_values`."""
+    p, block_n = problem, forward_tile(problem).block_n
+    _, rows_k, batch = counts_of(p)
+    tiles = tiles_of_keys(p, block_n)
+    options = {
+        "BLOCK_N": block_n, "BLOCK_DV": hopper_dim(p.v.shape[-1]), "DIM": p.v.shape[-1],
+        "num_warps": 4,
+    }  # fmt: skip
+    return Launch(
+        transpose_values_kernel, tiles * p.v.shape[-2], (operand(p.v.view(torch.int8)),),
+        (values.view(torch.int8),), (p.cu_seqlens_k, p.seqused_k, p.leftpad_k),
+        (rows_k, batch, tiles), (), options,
+    )  # fmt: skip
+
+
+def forward_launch(
+    problem, out, lse, counters, tile: Optional[HopperConfig] = None, values=None, gains=None
+) -> Launch:
+    """The call that fills `out` and `lse`. counters: [2] int32 zeros, which it leaves so. Of
+    float8: values, as values_launch leaves them, and gains [2, batch, nheads] float32."""
     p, tile = problem, tile or forward_tile(problem)
     (block_d, more), (block_dv, more_v) = (hopper_parts(t.shape[-1]) for t in (p.q, p.v))
+    scrubs = _scrubs(p) and values is None  # those are 0 past a sequence
     schedule = forward_schedule(p, tile.block_m)
     counts = (*counts_of(p), p.q.shape[-2], p.q.shape[-2] // p.k.shape[-2], *schedule)
     options = {
         "SPEC": spec_of(p, True, tile.block_n),
-        "SCRUB": _scrubs(p),
+        "SCRUB": scrubs,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
@@ -167,19 +206,24 @@ def forward_launch(problem, out, lse, counters, tile: Optional[HopperConfig] = N
         "enable_fp_fusion": True,
     }
     out_tiles = None
-    whole = block_dv == block_d and not more_v
-    if not options["SCRUB"] and tile.q_tiles > 1 and whole and _is_aligned(out):
+    whole = block_dv == block_d and not more_v and values is None
+    if not scrubs and tile.q_tiles > 1 and whole and _is_aligned(out):
         out_tiles = _descriptor(out, ROWS.value, block_dv)
+    if values is None:
+        v = _descriptor(p.v, tile.block_n, block_dv)
+    else:
+        block = [1, block_dv, tile.block_n]
+        layout = _layout(values.dtype, *block)
+        v = TensorDescriptor(values, list(values.shape), list(values.stride()), block, layout)
     operands = (
-        _descriptor(p.q, ROWS.value, block_d), _descriptor(p.k, tile.block_n, block_d),
-        _descriptor(p.v, tile.block_n, block_dv),
+        _descriptor(p.q, ROWS.value, block_d), _descriptor(p.k, tile.block_n, block_d), v,
         _descriptor(p.q, ROWS.value, more) if more else None,
         _descriptor(p.k, tile.block_n, more) if more else None,
         _descriptor(p.v, tile.block_n, more_v) if more_v else None, operand(out), out_tiles,
     )  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])
     return Launch(
-        hopper_forward_kernel, programs, operands, (lse, counters), p.lengths(), counts,
+        hopper_forward_kernel, programs, operands, (lse, counters, gains), p.lengths(), counts,
         (*paging_of(p.k, *p.pages()), mods_of(p)), options,
     )  # fmt: skip
 

@@ -84,6 +84,8 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     given = memo is not None
     if not given:
         memo = memo_of((tile, splits, *signature(problem)))
+    if problem.is_float8() and (tile is not None or not _takes_float8(memo, problem)):
+        problem = problem.dequantized(torch.bfloat16)
     out, lse = problem.empty_out(), fresh(memo, "lse", problem.empty_lse)
     if problem.seqused_q is not None:  # rows that no program writes
         out.zero_()
@@ -98,6 +100,8 @@ def forward(problem, tile: Optional[TileConfig] = None, splits: Optional[Splits]
     takes_hopper = tile is None and _takes_hopper(memo, problem)
     if takes_hopper and _by_hopper(memo, problem, out, lse, others):
         return out, lse
+    if problem.is_float8():  # the kernel did not compile
+        problem = problem.dequantized(torch.bfloat16)
     call(
         memo, "forward", problem.q.device, (*problem[:3], out), (lse,), problem.lengths(), others,
         lambda: calls.forward_launch(problem, out, lse, tile),
@@ -135,13 +139,21 @@ def _takes_hopper(memo, problem) -> bool:
     return memo["takes_hopper"]
 
 
+def _takes_float8(memo, problem) -> bool:
+    """Whether a kernel reads float8 itself: not the one for few queries."""
+    return _takes_hopper(memo, problem) and not cache_calls.decodes(problem)
+
+
 def _by_hopper(memo, problem, out, lse, others) -> bool:
     """Whether the kernel for sm_90 has been called; not where it does not compile."""
     device, lengths = problem.q.device, problem.lengths()
     counters = _counters(device)
     try:
+        if problem.is_float8():
+            _by_hopper_8(memo, problem, out, lse, counters, others)
+            return True
         call(
-            memo, "hopper", device, (*problem[:3], *problem[:3], out, out), (lse, counters),
+            memo, "hopper", device, (*problem[:3], *problem[:3], out, out), (lse, counters, None),
             lengths, others,
             lambda: _hopper_calls().forward_launch(problem, out, lse, counters),
         )  # fmt: skip
@@ -151,6 +163,24 @@ def _by_hopper(memo, problem, out, lse, others) -> bool:
         _without_hopper(error)
         memo["takes_hopper"] = False
     return memo["takes_hopper"]
+
+
+def _by_hopper_8(memo, problem, out, lse, counters, others):
+    """The forward of float8, after the call that transposes V for it."""
+    hopper_calls, device, (q, k, v) = _hopper_calls(), problem.q.device, problem[:3]
+    values = fresh(memo, "transposed", lambda: hopper_calls.empty_values(problem))
+    bytes_of_values = values.view(torch.int8)
+    call(
+        memo, "values", device, (v.view(torch.int8),), (bytes_of_values,),
+        (problem.cu_seqlens_k, problem.seqused_k, problem.leftpad_k), (),
+        lambda: hopper_calls.values_launch(problem, values),
+    )  # fmt: skip
+    gains = problem.gains()
+    call(
+        memo, "hopper", device, (q, k, values, q, k, None, out, None), (lse, counters, gains),
+        problem.lengths(), others,
+        lambda: hopper_calls.forward_launch(problem, out, lse, counters, None, values, gains),
+    )  # fmt: skip
 
 
 def _splits_of(memo, problem, tile):

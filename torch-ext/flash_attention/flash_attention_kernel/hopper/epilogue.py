@@ -36,10 +36,10 @@ def store_lse(out, l_i, m_i, q_pos, tile):
 
 
 @gluon.jit
-def store(out, acc, l_i, m_i, q_pos, tile, WHICH: gl.constexpr, SPEC: gl.constexpr):
-    """Write the tile's rows of out, whose columns lie in the parts of acc, and of lse that are this
-    consumer's."""
-    acc = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile))
+def store(out, acc, l_i, m_i, q_pos, tile, gain, WHICH: gl.constexpr, SPEC: gl.constexpr):
+    """Write the tile's rows of out, whose columns lie in the parts of acc, times `gain`, and of lse
+    that are this consumer's."""
+    acc = rescaled(acc, store_lse(out, l_i, m_i, q_pos, tile) * gain)
     store_part(out, acc[0], tile, 0, WHICH, SPEC)
     if len(acc) == 2:
         store_part(out, acc[1], tile, acc[0].shape[1], WHICH, SPEC)

@@ -8,8 +8,6 @@ D 128 each multiplies for 1,150 cycles of 2,400 a step. What is carried round th
 scores, in float32: its weights in half precision cost 64 instructions a step to unpack and pack.
 """
 
-from typing import Any, NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,6 +29,7 @@ from .pipeline import (
     make_tiles,
     product_layout,
 )
+from .producer import Given, load
 from .products import (
     Rings,
     add_values,
@@ -42,126 +41,49 @@ from .products import (
     zero_output,
 )
 from .schedule import (
-    AHEAD,
     TILE_FIELDS,
     UNSPECIALIZED,
     Call,
     Schedule,
-    answer,
-    ask,
-    find_tile,
-    leave,
     received_tile,
-    send_end,
     value_of_note,
 )
-from .softmax import block_weights, initial_sums, of_rows
-
-
-class Given(NamedTuple):
-    """Descriptors of what is loaded, as in Rings."""
-
-    q: Any
-    k: Any
-    q_more: Any
-    k_more: Any
-    v: Any
-    v_more: Any
+from .softmax import GAIN_8, block_weights, initial_sums, of_rows
 
 
 @gluon.jit
-def coords_of_keys(entry, row, head, seq, paging, SPEC: gl.constexpr):
-    """A block of keys, all of which a page holds, in K and V: entry or page, row in it, head."""
-    if SPEC.page_size > 0:
-        table = paging.table + seq.to(gl.int64) * paging.columns
-        return gl.load(table + row // SPEC.page_size), row % SPEC.page_size, head, 0
-    else:
-        return entry, row, head, 0
-
-
-@gluon.jit
-def fill(channel, desc, more_desc, more, coords, count):
-    """Have a tile copied, and the columns past its own, if there are any."""
-    if more is None:
-        channel.fill(desc, coords, count)
-    else:
-        past = [coords[0], coords[1], coords[2], desc.block_type.shape[3]]
-        channel.fill_both(desc, coords, more_desc, past, more, count)
-
-
-@gluon.jit
-def load(
-    rings, call, given, paging, group_size,
-    SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+def kept(
+    first_n, q_pos, COLS: gl.constexpr, tile, mods, head_mods, SPEC: gl.constexpr,
+    DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """The producer: draws tiles; of each loads Q, and keys and values from the last block down, the
-    keys a block ahead of the values, as they are read."""
-    q_count = 0
-    kv_count = 0
-    tile_count = 0
-    index = gl.program_id(0)
-    while index < call.schedule.total:
-        tile = find_tile(index, call, SPEC, BLOCK_M, BLOCK_N)
-        rings.notes.send(tile, tile_count)
-        tile_count += 1
-        head_k = tile.head // group_size
-        q_entry = 0
-        k_entry = 0
-        if call.q_lengths.cu_seqlens is None:
-            q_entry = tile.seq
-        if paging.batch_idx is not None:
-            k_entry = gl.load(
-                paging.batch_idx + tile.seq, mask=tile.seq < call.q_lengths.batch, other=0
-            )
-        elif call.k_lengths.cu_seqlens is None:
-            k_entry = tile.seq
-        row = tile.k_first + tile.last_n
-        asked = ask(call.schedule.counters, 0, tile.blocks < AHEAD)
-        if tile.blocks > 0:
-            coords = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
-            for i in range(tile.blocks):
-                asked = ask(call.schedule.counters, asked, i == tile.blocks - AHEAD)
-                if i == 0:
-                    fill(rings.k, given.k, given.k_more, rings.k_more, coords, kv_count)
-                    for part in gl.static_range(BLOCK_M // ROWS):
-                        q_row = tile.q_first + tile.start_m + part * ROWS
-                        q_coords = [q_entry, q_row, tile.head, 0]
-                        fill(rings.q, given.q, given.q_more, rings.q_more, q_coords, q_count)
-                        q_count += 1
-                later = coords
-                if i + 1 < tile.blocks:
-                    row -= BLOCK_N
-                    later = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
-                    fill(rings.k, given.k, given.k_more, rings.k_more, later, kv_count + 1)
-                fill(rings.v, given.v, given.v_more, rings.v_more, coords, kv_count)
-                coords = later
-                kv_count += 1
-        index = answer(asked) + gl.num_programs(0)
-    send_end(rings.notes, tile_count)
-    leave(call.schedule)
-
-
-@gluon.jit
-def kept(first_n, q_pos, COLS: gl.constexpr, tile, mods, head_mods, SPEC: gl.constexpr):
     """Which of COLS keys from first_n on each query sees. Every thread counts from the first that
     it has: then what its elements are compared with is the same in all blocks, and no register."""
     first = first_column(first_n, q_pos)
     rows, k_end = (q_pos - first)[:, None], (tile.seqlen_k - first)[:, None]
-    return keep_mask(rows, columns(COLS)[None, :], head_mods.shift, k_end, mods, SPEC, True)
+    return keep_mask(rows, columns(COLS, DTYPE)[None, :], head_mods.shift, k_end, mods, SPEC, True)
+
+
+@gluon.constexpr_function
+def gain_of_products(DTYPE, SPEC):
+    """Whether float8's products are to be multiplied by their gain, as the exponent's scale, which
+    else takes it, does not scale all of a score."""
+    return DTYPE == gl.float8e4nv and (SPEC.softcap or not SPEC.defer_scale)
 
 
 @gluon.jit
-def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr):
+def scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, DTYPE: gl.constexpr):
     """The scores of block i from its products; -inf where the mask hides the key."""
     LAYOUT: gl.constexpr = gl.SliceLayout(0, qk.type.layout)
     first_n = tile.last_n - i * qk.shape[1]
     k_pos = first_n + gl.arange(0, qk.shape[1], layout=LAYOUT)
+    if gain_of_products(DTYPE, SPEC):
+        qk = qk * tile.gain
     scores = score(qk, q_pos[:, None], k_pos[None, :], mods, head_mods, SPEC)
     masked = i < tile.masked_end
     if SPEC.left:
         masked = masked | (i >= tile.blocks - tile.masked_begin)
     if masked:
-        keep = kept(first_n, q_pos, qk.shape[1], tile, mods, head_mods, SPEC)
+        keep = kept(first_n, q_pos, qk.shape[1], tile, mods, head_mods, SPEC, DTYPE)
         scores = gl.where(keep, scores, float("-inf"))
     return scores
 
@@ -203,8 +125,10 @@ def weights_of(
     acc, l_i, m_i, qk, i, q_pos, tile, mods, head_mods, SPEC: gl.constexpr, DTYPE: gl.constexpr
 ):
     """Block i's softmax -> (acc rescaled, l_i, m_i, weights)"""
-    scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC)
+    scores = scores_of(qk, i, q_pos, tile, mods, head_mods, SPEC, DTYPE)
     scale = exponent_scale(mods, SPEC)
+    if DTYPE == gl.float8e4nv and not gain_of_products(DTYPE, SPEC):
+        scale *= tile.gain
     weights, alpha, l_i, m_i = block_weights(scores, i, scale, l_i, m_i, DTYPE)
     return rescaled_if_new(acc, alpha), l_i, m_i, weights
 
@@ -256,9 +180,13 @@ def last_step(
     acc = awaited(acc, LATER)
     rings.v.release(kv_count + last)
     ROW: gl.constexpr = q_pos.type.layout
-    sums, maxima = of_rows(l_i, m_i, ROW)
+    DTYPE: gl.constexpr = rings.q.tiles.dtype
+    sums, maxima = of_rows(l_i, m_i, ROW, DTYPE)
     if out.tiles is None:
-        store(out, acc, sums, maxima, q_pos, tile, WHICH, SPEC)
+        if DTYPE == gl.float8e4nv:
+            store(out, acc, sums, maxima, q_pos, tile, tile.value_gain / GAIN_8, WHICH, SPEC)
+        else:
+            store(out, acc, sums, maxima, q_pos, tile, 1.0, WHICH, SPEC)
     else:
         store_tile(out, rings.q, acc, sums, maxima, q_count, q_pos, tile, WHICH)
     qk = warpgroup_mma_wait(0, deps=[qk])
@@ -321,7 +249,8 @@ def multiply(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
 ):  # fmt: skip
     """Consumer number WHICH: rows WHICH * ROWS and on of every tile."""
-    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N)
+    DTYPE: gl.constexpr = rings.q.tiles.dtype
+    S_LAYOUT: gl.constexpr = product_layout(BLOCK_N, DTYPE)
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     q_count = WHICH
     kv_count = 0
@@ -330,13 +259,13 @@ def multiply(
     blocks = value_of_note(rings.notes, tile_count)
     qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
     while blocks >= 0:
-        tile = received_tile(rings.notes, blocks, tile_count)
+        tile = received_tile(rings.notes, blocks, tile_count, DTYPE == gl.float8e4nv)
         shift = diagonal_shift(tile.seqlen_q, tile.seqlen_k, SPEC)
         tile_count += 1
         q_pos = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=ROW)
         exists = tile.seq < call.q_lengths.batch
         head_mods = mods_at_head(mods, tile.seq, tile.head, exists, shift, SPEC)
-        l_i, m_i = initial_sums(qk, mods, tile.head, exists)
+        l_i, m_i = initial_sums(qk, mods, tile.head, exists, DTYPE)
         if (tile.blocks > 0) & (tile.start_m + WHICH * ROWS < tile.seqlen_q):
             qk, blocks = attend(
                 qk, q_pos, tile, tile_count, l_i, m_i, q_count, kv_count, rings, out, mods,
@@ -351,8 +280,8 @@ def multiply(
                 kv_count += tile.blocks
             elif tile.start_m >= 0:
                 acc = zero_output(rings, BLOCK_DV)
-                sums, maxima = of_rows(l_i, m_i, ROW)
-                store(out, acc, sums, maxima, q_pos, tile, WHICH, SPEC)
+                sums, maxima = of_rows(l_i, m_i, ROW, DTYPE)
+                store(out, acc, sums, maxima, q_pos, tile, 1.0, WHICH, SPEC)
             blocks = value_of_note(rings.notes, tile_count)
             qk = first_products_alone(blocks, q_count, kv_count, rings, SPEC, BLOCK_N, BLOCK_D)
     tma.store_wait(0)
@@ -360,11 +289,11 @@ def multiply(
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def hopper_forward_kernel(
-    q, k, v, q_more, k_more, v_more, out, out_tiles, lse, counters, cu_seqlens_q, cu_seqlens_k,
-    seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size, per_head, heads,
-    total, head_group, table, columns, batch_idx, entries, mods, SPEC: gl.constexpr,
-    SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
+    q, k, v, q_more, k_more, v_more, out, out_tiles, lse, counters, gains, cu_seqlens_q,
+    cu_seqlens_k, seqused_q, seqused_k, leftpad_k, rows_q, rows_k, batch, nheads, group_size,
+    per_head, heads, total, head_group, table, columns, batch_idx, entries, mods,
+    SPEC: gl.constexpr, SCRUB: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, Q_TILES: gl.constexpr,
 ):  # fmt: skip
     """Grid: (programs,), any number. q, k, v are descriptors of [batch, seqlen, heads, head_dim]
     (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, q_more, k_more and
@@ -389,7 +318,7 @@ def hopper_forward_kernel(
         k_rest = make_tiles(k_more, STAGES)
     notes = make_notes(TILE_FIELDS, CONSUMERS)
     rings = Rings(q_tiles, k_tiles, q_rest, k_rest, v_tiles, v_rest, notes)
-    call = Call(q_lengths, k_lengths, mods, nheads, schedule)
+    call = Call(q_lengths, k_lengths, mods, nheads, schedule, gains)
     given = Given(q, k, q_more, k_more, v, v_more)
     to = Out(out, out_tiles, lse, q_lengths, nheads)
     if CONSUMERS == 2:

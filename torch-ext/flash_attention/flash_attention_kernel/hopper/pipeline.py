@@ -120,9 +120,9 @@ def make_ring(
 
 
 @gluon.constexpr_function
-def product_layout(COLS):
-    """Of a product [ROWS, COLS] of one warp group."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+def product_layout(COLS, DTYPE=gl.bfloat16):
+    """Of a product [ROWS, COLS] of one warp group, whose factors have that dtype's size."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 256 // DTYPE.primitive_bitwidth])
 
 
 @gluon.constexpr_function
@@ -185,11 +185,11 @@ def operands_of_columns(COUNT):
 
 
 @gluon.jit
-def columns(COLS: gl.constexpr):
+def columns(COLS: gl.constexpr, DTYPE: gl.constexpr):
     """The columns of a product, each counted from its thread's `first_column`: numbers that are
     part of the instructions. LLVM keeps those of gl.arange in a register each all around a loop,
     and ptxas spills."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, product_layout(COLS))
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, product_layout(COLS, DTYPE))
     COUNT: gl.constexpr = COLS // 4
     return gl.inline_asm_elementwise(
         code_of_columns(COUNT), operands_of_columns(COUNT), [gl.zeros([COLS], gl.int32, LAYOUT)],

@@ -34,7 +34,7 @@ def products(
     q_count, k_count, rings, SPEC: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr
 ):
     """QKᵀ of two tiles, [ROWS, BLOCK_N], under way: one group of products, or two."""
-    LAYOUT: gl.constexpr = product_layout(BLOCK_N)
+    LAYOUT: gl.constexpr = product_layout(BLOCK_N, rings.q.tiles.dtype)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     q_tile, k_tile = rings.q.tile(q_count, ROWS, BLOCK_D), rings.k.tile(k_count, BLOCK_N, BLOCK_D)
     qk = inner_product(q_tile, k_tile, zeros, SPEC.head_dim, BLOCK_D)
@@ -49,7 +49,8 @@ def products(
 @gluon.jit
 def zero_output(rings, BLOCK_DV: gl.constexpr):
     """The output before the first key: in one part, or two, if V's columns lie in two."""
-    acc = (gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV)),)
+    DTYPE: gl.constexpr = rings.q.tiles.dtype
+    acc = (gl.zeros([ROWS, BLOCK_DV], gl.float32, product_layout(BLOCK_DV, DTYPE)),)
     if rings.v_more is not None:
         MORE: gl.constexpr = rings.v_more.shape[4]
         acc = (acc[0], gl.zeros([ROWS, MORE], gl.float32, product_layout(MORE)))
@@ -57,19 +58,35 @@ def zero_output(rings, BLOCK_DV: gl.constexpr):
 
 
 @gluon.jit
+def factor_8(weights, LAYOUT: gl.constexpr):
+    """e4m3 weights [ROWS, BLOCK_N], as weigh_8 packs them, as a left factor. Its columns are keys
+    in the order of a thread's elements: of every 16, column 4 t + 2 b + e is key 8 b + 2 t + e, as
+    transpose_values_kernel has V's."""
+    BLOCK_N: gl.constexpr = weights.shape[1]
+    x = weights.reshape([4, 2, 8, BLOCK_N // 32, 2, 2, 4, 2]).permute((0, 5, 2, 3, 4, 6, 1, 7))
+    x = x.reshape([ROWS, BLOCK_N])
+    return gl.convert_layout(x, gl.DotOperandLayout(0, LAYOUT, 4), assert_trivial=True)
+
+
+@gluon.jit
 def add_values(acc, weights, count, rings, BLOCK_N: gl.constexpr):
     """acc + weights V of tile number `count`, for which it waits; under way: one product a part."""
     part = acc[0]
-    v_tile = rings.v.receive(count, BLOCK_N, part.shape[1])
-    left = gl.convert_layout(weights, gl.DotOperandLayout(0, part.type.layout, 2))
-    first = warpgroup_mma(left, v_tile, part, is_async=True)
-    if len(acc) == 2:
-        more = acc[1]
-        v_tile = rings.v_more.index(count % rings.v.STAGES).reshape([BLOCK_N, more.shape[1]])
-        left = gl.convert_layout(weights, gl.DotOperandLayout(0, more.type.layout, 2))
-        return first, warpgroup_mma(left, v_tile, more, is_async=True)
+    if weights.dtype == gl.float8e4nv:
+        LAYOUT: gl.constexpr = part.type.layout
+        v_tile = rings.v.receive(count, part.shape[1], BLOCK_N).permute((1, 0))
+        return (warpgroup_mma(factor_8(weights, LAYOUT), v_tile, part, is_async=True),)
     else:
-        return (first,)
+        v_tile = rings.v.receive(count, BLOCK_N, part.shape[1])
+        left = gl.convert_layout(weights, gl.DotOperandLayout(0, part.type.layout, 2))
+        first = warpgroup_mma(left, v_tile, part, is_async=True)
+        if len(acc) == 2:
+            more = acc[1]
+            v_tile = rings.v_more.index(count % rings.v.STAGES).reshape([BLOCK_N, more.shape[1]])
+            left = gl.convert_layout(weights, gl.DotOperandLayout(0, more.type.layout, 2))
+            return first, warpgroup_mma(left, v_tile, more, is_async=True)
+        else:
+            return (first,)
 
 
 @gluon.jit

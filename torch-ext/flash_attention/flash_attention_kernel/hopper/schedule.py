@@ -33,6 +33,7 @@ class Call(NamedTuple):
     mods: Any
     nheads: int
     schedule: Any
+    gains: Any = None  # of float8: [2, batch, nheads] float32, of products and of values
 
 
 class Tile(NamedTuple):
@@ -49,6 +50,9 @@ class Tile(NamedTuple):
     last_n: Any  # where the last block of keys begins, which is the first to be visited
     masked_end: Any  # how many of the first, and of the last that are visited, need a mask
     masked_begin: Any
+    v_first: Any = 0  # float8's, for the producer: see transpose_values_kernel
+    gain: Any = 0  # of its products, and of its values; in notes their bits
+    value_gain: Any = 0
 
 
 class Work(NamedTuple):
@@ -115,7 +119,7 @@ def leave(schedule):
 @gluon.jit
 def send_end(notes, count):
     """Tell the consumers that there are no more tiles."""
-    notes.send(Tile(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), count)
+    notes.send(Tile(-1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), count)
 
 
 @gluon.jit
@@ -126,12 +130,17 @@ def value_of_note(notes, count):
 
 
 @gluon.jit
-def received_tile(notes, blocks, count):
-    """The tile that is note number `count`, of so many blocks."""
+def received_tile(notes, blocks, count, EIGHT: gl.constexpr):
+    """The tile that is note number `count`, of so many blocks; EIGHT: of float8."""
+    gain = 0.0
+    value_gain = 0.0
+    if EIGHT:
+        gain = notes.field(count, 12).to(gl.float32, bitcast=True)
+        value_gain = notes.field(count, 13).to(gl.float32, bitcast=True)
     tile = Tile(
         blocks, notes.field(count, 1), notes.field(count, 2), notes.field(count, 3),
         notes.field(count, 4), notes.field(count, 5), 0, notes.field(count, 7),
-        notes.field(count, 8), notes.field(count, 9), notes.field(count, 10),
+        notes.field(count, 8), notes.field(count, 9), notes.field(count, 10), 0, gain, value_gain,
     )  # fmt: skip
     notes.release(count)
     return tile
@@ -173,9 +182,19 @@ def find_tile(index, call, SPEC: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: g
     exists = (start_m >= 0) & (start_m < seqlen_q)
     blocks = gl.where(exists, (gl.maximum(end - begin, 0) + BLOCK_N - 1) // BLOCK_N, 0)
     masked_end = (gl.maximum(end - full_end, 0) + BLOCK_N - 1) // BLOCK_N
+    v_first = 0
+    gain = 0
+    value_gain = 0
+    if call.gains is not None:
+        v_first = first_tile(call.k_lengths, seq, BLOCK_N) * BLOCK_N
+        count = call.q_lengths.batch * call.nheads
+        ptr = call.gains + seq * call.nheads + head
+        gain = gl.load(ptr, mask=exists, other=0.0).to(gl.int32, bitcast=True)
+        value_gain = gl.load(ptr + count, mask=exists, other=0.0).to(gl.int32, bitcast=True)
     return Tile(
         blocks, seq, head, gl.where(exists, start_m, -1), q_first, seqlen_q, k_first, seqlen_k,
-        begin + (blocks - 1) * BLOCK_N, masked_end, (full_begin - begin) // BLOCK_N,
+        begin + (blocks - 1) * BLOCK_N, masked_end, (full_begin - begin) // BLOCK_N, v_first,
+        gain, value_gain,
     )  # fmt: skip
 
 

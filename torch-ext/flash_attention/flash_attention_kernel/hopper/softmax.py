@@ -25,6 +25,9 @@ LIMIT: gl.constexpr = gl.constexpr("0f44800000")
 # the maximum makes a tenth of a short row's error: with one block a window of 340 keys had 1.06
 # times the error in bfloat16, with two 1.04 (simulated; 1.06 also measured).
 EXACT: gl.constexpr = gl.constexpr(2)
+# float8's weights are so many times as great: e4m3 begins at 2^-9 and ends at 448.
+GAIN_8: gl.constexpr = gl.constexpr(256.0)
+SHIFT_8: gl.constexpr = gl.constexpr("0f41000000")  # its binary logarithm
 
 
 @gluon.constexpr_function
@@ -54,6 +57,62 @@ def weigh(COUNT, score, HALF):
         # One by one, a warp alone took 878 cycles for 64, by pairs 702; with others no difference.
         lines.append(f"add.f32 x, w0, w1; add.f32 sum{row}, sum{row}, x;")
     return lines
+
+
+@gluon.constexpr_function
+def weigh_8(COUNT, score):
+    """`weigh` of e4m3 weights, 2^8 times as great, four to an operand: those of a row that the
+    thread has in two neighbours of 8 columns; see `factor_8` in products.py."""
+    lines = ["mov.b32 sum0, 0; mov.b32 sum1, 0;"]
+    for operand in range(COUNT // 4):
+        row = operand % 2
+        for half in (0, 1):
+            for j in (0, 1):
+                i = (operand // 4 * 4 + operand % 4 // 2 * 2 + half) * 4 + 2 * row + j
+                lines.append(f"fma.rn.f32 x, ${score + i}, scale, minus{row};")
+                lines.append(f"ex2.approx.ftz.f32 w{j}, x;")
+            lines.append(f"cvt.rn.satfinite.e4m3x2.f32 pair{half}, w1, w0;")
+            lines.append(f"add.f32 x, w0, w1; add.f32 sum{row}, sum{row}, x;")
+        lines.append(f"mov.b32 ${operand}, {{pair0, pair1}};")
+    return lines
+
+
+@gluon.constexpr_function
+def code_of_weights_8(COUNT):
+    """PTX of `block_weights` for e4m3, of which m is always the maximum. Operands as in
+    `code_of_weights`, but for the last."""
+    sums = COUNT // 4
+    score = sums + 3 * COUNT
+    code = ["{ .reg .pred none; .reg .f32 sum<2>, m<2>, minus<2>, alpha<2>, top<2>, w<2>;"]
+    code.append(f".reg .b16 pair<2>; .reg .f32 scale, x; mov.b32 scale, ${score + 2 * COUNT};")
+    code.append("mov.b32 top0, 0fFF800000; mov.b32 top1, 0fFF800000;")
+    code += for_each("max.f32 topROW, topROW, SCORE;", COUNT, SCORE=score)
+    for row in (0, 1):
+        code.append(f"mov.b32 m{row}, ${score + COUNT + 2 * row};")
+        for lane in (2, 1):
+            code.append(f"shfl.sync.bfly.b32 x, top{row}, {lane}, 31, 0xffffffff;")
+            code.append(f"max.f32 top{row}, top{row}, x;")
+        code.append(
+            f"""mul.f32 top{row}, top{row}, scale;
+            max.f32 x, m{row}, top{row};
+            setp.eq.f32 none, x, 0fFF800000;
+            sub.f32 alpha{row}, m{row}, x;
+            @none mov.b32 alpha{row}, 0;
+            ex2.approx.ftz.f32 alpha{row}, alpha{row};
+            mov.b32 m{row}, x;
+            sub.f32 minus{row}, {SHIFT_8.value}, m{row};
+            @none mov.b32 minus{row}, 0;"""
+        )
+    code += weigh_8(COUNT, score)
+    code += for_each("mov.b32 SUM, sumROW;", COUNT, SUM=sums)
+    code += for_each("mov.b32 NEW, mROW;", COUNT, NEW=sums + COUNT)
+    code += for_each("mov.b32 ALPHA, alphaROW;", COUNT, ALPHA=sums + 2 * COUNT)
+    return "\n".join(code + ["}"])
+
+
+@gluon.constexpr_function
+def operands_of_weights_8(COUNT):
+    return ",".join(["=&r"] * (COUNT // 4) + ["=&f"] * (3 * COUNT) + ["f"] * (3 * COUNT))
 
 
 @gluon.constexpr_function
@@ -175,13 +234,13 @@ def at_elements(row, elements):
 
 
 @gluon.jit
-def initial_sums(product, mods, head, exists):
+def initial_sums(product, mods, head, exists, DTYPE: gl.constexpr):
     """-> (l_i, m_i) before the first key, whose scores will be where the product is."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, by_thread(product).type.layout))
     l_i = gl.zeros([ROWS, 4], gl.float32, LAYOUT)
     m_i = gl.full([ROWS, 4], float("-inf"), gl.float32, LAYOUT)
     l_i, m_i = with_sink(l_i, m_i, mods, head, exists, 1.0)
-    return l_i * 0.25, m_i
+    return l_i * (0.25 * GAIN_8 if DTYPE == gl.float8e4nv else 0.25), m_i
 
 
 @gluon.jit
@@ -193,7 +252,12 @@ def block_weights(scores, i, scale, l_i, m_i, DTYPE: gl.constexpr):
     x = by_thread(scores)
     before = gl.where(i < EXACT, float("inf"), 0.0)
     given = [x, at_elements(m_i, x), gl.full_like(x, scale), gl.full_like(x, before)]
-    if DTYPE == gl.bfloat16:
+    if DTYPE == gl.float8e4nv:
+        weights, sums, m_i, alpha = gl.inline_asm_elementwise(
+            code_of_weights_8(COUNT), operands_of_weights_8(COUNT), given[:3],
+            dtype=(gl.float8e4nv, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
+        )  # fmt: skip
+    elif DTYPE == gl.bfloat16:
         weights, sums, m_i, alpha = gl.inline_asm_elementwise(
             code_of_weights(COUNT, "bf16"), operands_of_weights(COUNT), given,
             dtype=(gl.bfloat16, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
@@ -221,6 +285,9 @@ def scaled(product, alpha):
 
 
 @gluon.jit
-def of_rows(l_i, m_i, LAYOUT: gl.constexpr):
+def of_rows(l_i, m_i, LAYOUT: gl.constexpr, DTYPE: gl.constexpr):
     """-> (sums, m) of whole rows [ROWS]"""
-    return gl.convert_layout(gl.sum(l_i, 1), LAYOUT), gl.convert_layout(gl.max(m_i, 1), LAYOUT)
+    sums = gl.sum(l_i, 1)
+    if DTYPE == gl.float8e4nv:
+        sums *= 1.0 / GAIN_8
+    return gl.convert_layout(sums, LAYOUT), gl.convert_layout(gl.max(m_i, 1), LAYOUT)
