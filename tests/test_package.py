@@ -49,19 +49,22 @@ LAYERS = {
     "flash_attention_kernel/hopper_calls": {"calls", "config", "hopper", "seqlen"},
     "flash_attention_kernel/hopper/__init__": set(),
     "flash_attention_kernel/hopper/compat": set(),
-    "flash_attention_kernel/hopper/pipeline": {"compat"},
+    "flash_attention_kernel/hopper/pipeline": {"common", "compat"},
     "flash_attention_kernel/hopper/stats": {"common", "seqlen"},
     "flash_attention_kernel/hopper/backward": {
-        "common", "compat", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
+        "common", "compat", "grads", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
     },
+    "flash_attention_kernel/hopper/grads": {"common", "compat", "pipeline"},
     "flash_attention_kernel/hopper/wide": {
-        "backward", "common", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
+        "backward", "common", "grads", "masks", "pipeline", "schedule", "scores", "seqlen", "sums",
     },
-    "flash_attention_kernel/hopper/schedule": {"masks", "seqlen"},
+    "flash_attention_kernel/hopper/schedule": {"masks", "pipeline", "seqlen"},
     "flash_attention_kernel/hopper/sums": {"compat", "masks", "pipeline", "schedule"},
     "flash_attention_kernel/hopper/softmax": {"pipeline", "softmax"},
     "flash_attention_kernel/hopper/products": {"pipeline", "softmax"},
-    "flash_attention_kernel/hopper/epilogue": {"common", "compat", "pipeline", "products"},
+    "flash_attention_kernel/hopper/epilogue": {
+        "common", "compat", "pipeline", "products", "seqlen",
+    },
     "flash_attention_kernel/hopper/values": {"common", "seqlen"},
     "flash_attention_kernel/hopper/producer": {"pipeline", "schedule"},
     "flash_attention_kernel/hopper/forward": {

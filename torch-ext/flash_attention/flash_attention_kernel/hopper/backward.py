@@ -21,17 +21,17 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from ..common import LN2, at_head
+from ..common import LN2
 from ..masks import diagonal_shift, keep_mask, keep_mask_by_key
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
-from .compat import async_store, reinterpreted
+from .compat import reinterpreted
+from .grads import Grads, row_layout, store, store_grad
 from .pipeline import (
     ROWS,
     inner_product,
@@ -76,15 +76,6 @@ class Rings(NamedTuple):
     cols: Any  # [BLOCK_M]: 0, 1, 2 ..., to be read where LLVM would have them in registers for good
     ds: Any  # of either consumer: dSᵀ, [ROWS, BLOCK_M]
     notes: Any
-
-
-class Grads(NamedTuple):
-    """Where dK and dV go: Operands, and their descriptors or None."""
-
-    dk: Any
-    dv: Any
-    dk_tiles: Any
-    dv_tiles: Any
 
 
 @gluon.constexpr_function
@@ -237,7 +228,8 @@ def weights_of(qk, lse_log2, k_pos, start_m, work, rings, mods, head_mods, SPEC:
             seqlen_k = work.seqlen_k - start_m
             keep = keep_mask_by_key(cols, rows, head_mods.shift, seqlen_k, mods, SPEC)
         else:
-            keep = keep_mask(cols, rows, head_mods.shift, work.seqlen_k, mods, SPEC, True)
+            seqlen_k = work.seqlen_k + opaque_zero()  # else the last key's number is kept
+            keep = keep_mask(cols, rows, head_mods.shift, seqlen_k, mods, SPEC, True)
         p = gl.where(keep, p, 0.0)
     return p
 
@@ -284,8 +276,7 @@ def step(
     dk_acc = warpgroup_mma(factor, q_tile, dk_acc, is_async=True)
     ds_ring.tile(not_carried(count, BLOCK_M), ROWS, BLOCK_M).store(ds)
     ds_ring.announce(count)
-    dk_acc, dv_acc = warpgroup_mma_wait(0, deps=[dk_acc, dv_acc])
-    return dk_acc, dv_acc
+    return warpgroup_mma_wait(0, deps=[dk_acc, dv_acc])
 
 
 @gluon.jit
@@ -333,41 +324,6 @@ def attend(
     dk_acc *= mods.scale_log2 * LN2
     place = dk_tiles.index(0)
     store_grad(grads.dk, grads.dk_tiles, place, dk_acc, keys, WHICH, SPEC.head_dim)
-
-
-@gluon.constexpr_function
-def row_layout(COLS):
-    """Whole rows, 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
-
-
-@gluon.jit
-def store_grad(out, tiles, tile, values, keys, WHICH: gl.constexpr, DIM: gl.constexpr):
-    """Write a gradient's rows of this consumer's keys: float32, a part of it, as the products lie;
-    else by way of `tile`, and from there by the copy engine, or, if `tiles` is None, by `store`."""
-    if out.ptr.dtype.element_ty == gl.float32:
-        store(out, values, keys, WHICH, DIM)
-        return
-    rows = tile.reshape(values.shape)
-    rows.store(values.to(tile.dtype))
-    if tiles is None:
-        store(out, rows.load(row_layout(values.shape[1])), keys, WHICH, DIM)
-    fence_async_shared()
-    if tiles is not None:
-        async_store(tiles, [keys[0], keys[2] + WHICH * ROWS, keys[1], 0], tile)
-
-
-@gluon.jit
-def store(out, values, keys, WHICH: gl.constexpr, DIM: gl.constexpr):
-    """Write a gradient's rows of this consumer's keys, DIM columns."""
-    seq, head_k, start_n, k_first, seqlen_k = keys
-    LAYOUT: gl.constexpr = values.type.layout
-    out = at_head(out, seq, head_k, k_first)
-    rows = start_n + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    cols = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = out.ptr + rows.to(gl.int64)[:, None] * out.seq + cols[None, :] * out.dim
-    mask = (rows < seqlen_k)[:, None] & (cols < DIM)[None, :]
-    gl.store(ptrs, values.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit

@@ -6,9 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from ..common import LN2, at_head, row_at_head, row_operand
+from ..common import LN2, row_at_head, row_operand
+from ..seqlen import Lengths
 from .compat import async_store
-from .pipeline import ROWS
+from .pipeline import ROWS, at_head_late, opaque_zero
 from .products import rescaled
 
 
@@ -29,7 +30,9 @@ def store_lse(out, l_i, m_i, q_pos, tile):
     empty = l_i == 0.0
     inverse = 1.0 / gl.where(empty, 1.0, l_i)
     natural = (m_i + gl.log2(l_i)) * LN2
-    rows = row_operand(out.lse, out.nheads, out.q_lengths)
+    q, zero = out.q_lengths, opaque_zero()  # see at_head_late
+    q_lengths = Lengths(q.cu_seqlens, q.used, q.leftpad, q.rows + zero, q.batch)
+    rows = row_operand(out.lse, out.nheads + zero, q_lengths)
     lse = row_at_head(rows, tile.seq, tile.head, tile.q_first)
     gl.store(lse.ptr + q_pos, gl.where(empty, float("inf"), natural), mask=q_pos < tile.seqlen_q)
     return inverse
@@ -48,14 +51,14 @@ def store(out, acc, l_i, m_i, q_pos, tile, gain, WHICH: gl.constexpr, SPEC: gl.c
 @gluon.jit
 def store_part(out, acc, tile, FIRST: gl.constexpr, WHICH: gl.constexpr, SPEC: gl.constexpr):
     """Write rows of out, from column FIRST on."""
-    to = at_head(out.out, tile.seq, tile.head, tile.q_first)
+    ptr, stride = at_head_late(out.out, tile.seq, tile.head, tile.q_first, SPEC.head_dim_v)
     COLS: gl.constexpr = acc.shape[1]
     # Whole rows, 16 bytes a thread: stored as the products lie, 4 bytes, a tile took 2 us longer.
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
-    result = gl.convert_layout(acc.to(to.ptr.dtype.element_ty), LAYOUT)
+    result = gl.convert_layout(acc.to(ptr.dtype.element_ty), LAYOUT)
     rows = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = FIRST + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
-    ptrs = to.ptr + rows.to(gl.int64)[:, None] * to.seq + cols[None, :] * to.dim
+    ptrs = ptr + rows.to(gl.int64)[:, None] * stride + cols[None, :]
     keep = (rows < tile.seqlen_q)[:, None] & (cols < SPEC.head_dim_v)[None, :]
     gl.store(ptrs, result, mask=keep)
 

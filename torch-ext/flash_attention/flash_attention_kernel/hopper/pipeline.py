@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
+from ..common import Operand, at_head
 from .compat import aggregate, async_load
 
 ROWS: gl.constexpr = gl.constexpr(64)  # of a consumer: what a warp group's wgmma takes
@@ -156,6 +157,25 @@ def opaque_zero():
     return gl.inline_asm_elementwise(
         "mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def at_head_late(operand, seq, head, first_row, DIM: gl.constexpr):
+    """-> ptr, stride of rows: at_head of a result, which has DIM columns, next to each other. Of
+    its strides the compiler knows nothing before this: it extends them to 64 bits at the kernel's
+    entry else, and ptxas keeps them in memory. But that they are multiples of 8, if DIM is: in a
+    worker's region Triton 3.6 forgets what it knows of arguments, and then stores 2 bytes at a time
+    for 16."""
+    zero = opaque_zero()
+    batch, row, of_head = operand.batch + zero, operand.seq + zero, operand.head + zero
+    if DIM % 8 == 0:
+        batch, row = gl.multiple_of(batch, 8), gl.multiple_of(row, 8)
+        of_head = gl.multiple_of(of_head, 8)
+    to = at_head(Operand(operand.ptr, batch, row, of_head, operand.dim), seq, head, first_row)
+    if DIM % 8 == 0:
+        return gl.multiple_of(to.ptr, 16), row
+    else:
+        return to.ptr, row
 
 
 # PTX of `first_column`. Operands: the result; the first column.

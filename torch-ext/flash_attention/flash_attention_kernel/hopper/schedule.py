@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 
 from ..masks import diagonal_shift, kv_block_range, q_block_range
 from ..seqlen import find_block, first_tile, partner_bounds, sequence_bounds
+from .pipeline import opaque_zero
 
 # Integers for whose being 1, or a multiple of 16, Triton is not to compile a kernel once more.
 UNSPECIALIZED = (
@@ -151,7 +152,7 @@ def find_place(index, call, lengths, BLOCK: gl.constexpr, LAST_FIRST: gl.constex
     """-> (sequence, head, block of its rows): blocks in the outer, the heads of a group in the
     inner loop."""
     schedule = call.schedule
-    in_group = schedule.group * schedule.per_head
+    in_group = (schedule.group + opaque_zero()) * schedule.per_head  # see at_head_late
     group = index // in_group
     rest = index % in_group
     members = gl.minimum(schedule.group, schedule.heads - group * schedule.group)

@@ -16,7 +16,8 @@ from ..common import LN2
 from ..masks import diagonal_shift
 from ..scores import mods_at_head, product_grad, score_grad
 from ..seqlen import Lengths
-from .backward import Grads, clean, load, make_rings, over_dim, stat_of, store, weights_of
+from .backward import clean, load, make_rings, over_dim, stat_of, weights_of
+from .grads import Grads, store
 from .pipeline import (
     ROWS,
     make_ring,
