@@ -108,6 +108,16 @@ def test_one_descale(kernel, device):
     torch.testing.assert_close(got, want / 2)
 
 
+def test_zeros(kernel, device):
+    """Keys that are all 0, and so is their scale: every query takes the mean of what it sees."""
+    q, k, v = (torch.randn(1, 300, 2, 64, device=device).to(torch.float8_e4m3fn) for _ in "qkv")
+    none = torch.zeros(1, 2, device=device)
+    out = kernel.flash_attn_func(q, torch.zeros_like(k), v, causal=True, k_descale=none)
+    counts = torch.arange(1, 301, device=device)[None, :, None, None]
+    want = v.float().cumsum(1) / counts
+    torch.testing.assert_close(out.float(), want, rtol=0.02, atol=0.01)
+
+
 def test_nan_of_another_sequence(kernel, device):
     """0 * NaN is NaN: none reaches the sequence before."""
     lens = torch.tensor([0, 130, 260], dtype=torch.int32, device=device)

@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 DIMS = (64, 128, 256, 512)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-FLOAT8 = {"fp8": torch.float8_e4m3fn}  # of the hopper forward alone
 
 
 OPTIONS = {  # what of the AttentionProblem's fields, beyond those of a plain call, is set
@@ -110,6 +109,11 @@ def package():
     return get_local_kernel(ROOT, backend="cpu").__name__
 
 
+def dtype_of(row: Row):
+    """q's; fp8 is of the hopper forward alone."""
+    return torch.float8_e4m3fn if row.dtype == "fp8" else DTYPES[row.dtype]
+
+
 def problem_for(row: Row):
     """A problem on the meta device: shapes, strides and dtypes, no data. Packed, it has GQA too."""
     make = import_module(f"{package()}.problem").AttentionProblem
@@ -118,9 +122,7 @@ def problem_for(row: Row):
     length = (row.rows or LONG) if row.kernel.startswith("hopper") else 256
     rows, heads_k = ((2 * length,), 2) if row.varlen else ((2, length), 4)
     q, k, v = (
-        torch.empty(
-            (*rows, heads, row.head_dim), dtype={**DTYPES, **FLOAT8}[row.dtype], device="meta"
-        )
+        torch.empty((*rows, heads, row.head_dim), dtype=dtype_of(row), device="meta")
         for heads in (4, heads_k, heads_k)
     )
     options = import_module(f"{package()}.options").Options(causal=row.causal)
@@ -344,7 +346,7 @@ def main():
     with ProcessPoolExecutor(args.jobs) as pool:
         for row, report in zip(todo, pool.map(compile_row, todo)):
             limit = limits[row.arch].shared_memory
-            size = f"{row.kernel}/{DTYPES[row.dtype].itemsize}/{row.head_dim}"
+            size = f"{row.kernel}/{dtype_of(row).itemsize}/{row.head_dim}"
             admitted = f"{size}/causal" in limits[row.arch].spilling
             spills = report.spill_bytes > PARKED.get(row.kernel, 0) and not admitted
             good = report.shared <= limit and not spills

@@ -218,12 +218,14 @@ def _descale(descales, q, batch, nheads_k):
     if descales[0] is descales[1] is descales[2] is None:
         return None
     q_scale, k_scale, v_scale = (1.0 if given is None else given for given in descales)
-    return torch.stack(
+    gains = torch.stack(
         [
             torch.as_tensor(s, dtype=torch.float32, device=q.device).expand(shape)
             for s in (q_scale * k_scale, v_scale)
         ]
     )
+    gains[0].clamp_(min=1e-30)  # of a tensor of zeros it may be 0, and 0 times a masked -inf is NaN
+    return gains
 
 
 def _attn_bias(bias, q, sizes):

@@ -94,14 +94,8 @@ def load(
                     row -= BLOCK_N
                     later = coords_of_keys(k_entry, row, head_k, tile.seq, paging, SPEC)
                     fill(rings.k, given.k, given.k_more, rings.k_more, later, kv_count + 1)
-                fill(
-                    rings.v,
-                    given.v,
-                    given.v_more,
-                    rings.v_more,
-                    of_values(coords, tile, given.v),
-                    kv_count,
-                )
+                at = of_values(coords, tile, given.v)
+                fill(rings.v, given.v, given.v_more, rings.v_more, at, kv_count)
                 coords = later
                 kv_count += 1
         index = answer(asked) + gl.num_programs(0)
