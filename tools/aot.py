@@ -56,9 +56,9 @@ PAGES = {"page1": 1, "page16": 16, "page256": 256}  # decoding from pages of so 
 
 LONG = 8192  # rows of a sequence for which the hopper table's rows are that are not "-short"
 
-# Bytes in local memory that are let pass: what outlasts a loop; in the backward from D 128 on also
+# Bytes in local memory that are let pass in a backward: what outlasts a loop; from D 128 on also
 # what a window, softcap and ALiBi take.
-PARKED = {"hopper": 40, "hopper_backward": 248, "hopper_ordered": 96}
+PARKED = {"hopper_backward": 240, "hopper_ordered": 72}
 
 
 class Row(NamedTuple):
