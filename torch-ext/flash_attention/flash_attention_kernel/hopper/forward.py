@@ -299,7 +299,8 @@ def hopper_forward_kernel(
     (packed: batch 1) with blocks [1, rows, 1, BLOCK_D], rows ROWS or BLOCK_N, q_more, k_more and
     v_more of the columns past these, or None, out an Operand, out_tiles its descriptor where a tile
     has nothing but its sequence's rows, as many as Q's, and two tiles of Q fit, or None; lse a
-    pointer, counters Schedule's, table to entries a Paging's."""
+    pointer, counters Schedule's, table to entries a Paging's. Of float8 v is what
+    transpose_values_kernel wrote, blocks [1, BLOCK_DV, BLOCK_N], and gains are Call's."""
     paging = Paging(table, columns, batch_idx, entries)
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
