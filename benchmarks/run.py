@@ -185,6 +185,8 @@ def parse_args():
     args = parser.parse_args()
     if args.turns < 1:
         parser.error(f"--turns must be at least 1, got {args.turns}")
+    if args.dtype.startswith("float8") and args.mode not in ("fwd", "host"):
+        parser.error(f"--dtype {args.dtype} has no gradient: --mode fwd or host, got {args.mode}")
     for version in args.versions:
         name, _, root = version.partition("=")
         if name in ("", "ours", "flex", *SDPA_BACKENDS) or not (Path(root) / "build").is_dir():

@@ -52,6 +52,9 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "64/causal-short": "128,128,4,2 128,128,3,2 192,128,4,2",
     "128/full": "128,128,2,2 128,128,2,1 128,64,4,2 128,64,3,2",
     "128/causal": "128,128,2,2 128,128,2,1 128,64,4,2",
+    "64/float8": "192,128,4,2 128,128,4,2 128,256,2,2",
+    "64/float8-short": "128,128,4,2 192,128,4,2 128,256,2,2",
+    "128/float8": "128,128,4,2 128,128,2,2 128,64,4,2",
     "192/full": "128,64,2,1 128,64,2,2 128,64,3,1",
     "192/causal": "128,64,2,1 128,64,2,2 128,64,3,1",
     "256/full": "128,64,2,1 128,32,4,1 128,32,3,1",
@@ -67,6 +70,8 @@ HOPPER_LENGTHS = {  # for which hopper_calls.forward_tile takes a row, where not
     "64/full-short": (512,),
     "64/causal": (4096, 16384),
     "64/causal-short": (1024,),
+    "64/float8": (4096, 16384),
+    "64/float8-short": (512,),
 }
 
 
@@ -125,12 +130,18 @@ def hopper_launch_for(row, tile, shape: Shape):
     q, k, v, dout = (t.detach() for t in random_inputs(shape, "cuda"))
     window = (shape.seq_len // 4, 0) if row.endswith("mods") else (-1, -1)
     options = Options(causal=shape.causal, window_size=window)
+    if "float8" in row:
+        q, k, v = (t.to(torch.float8_e4m3fn) for t in (q, k, v))
     problem = problem_module.AttentionProblem.dense(q, k, v, options)
     hopper = launch._hopper_calls()
     tile, counters = hopper.HopperConfig(*tile), launch._counters(q.device)
     if "backward" not in row:
         out, lse = problem.empty_out(), problem.empty_lse()
-        return hopper.forward_launch(problem, out, lse, counters, tile)
+        if not problem.is_float8():
+            return hopper.forward_launch(problem, out, lse, counters, tile)
+        values = hopper.empty_values(problem)
+        launch.run(hopper.values_launch(problem, values))
+        return hopper.forward_launch(problem, out, lse, counters, tile, values, problem.gains())
     out, lse = launch.forward(problem)
     stats, sums, turns = hopper.workspace(problem, hopper.backward_plan(problem, tile))
     grads = problem.empty_grads()[1][1:]
@@ -147,10 +158,11 @@ def compile_hopper(job):
 
 
 def measure_hopper(row, tile, dtype):
-    """TFLOP/s at each sequence length; of a backward, full and causal."""
+    """TFLOP/s at each sequence length; of a backward, and of float8, full and causal."""
     dim, kind = row.split("/")
     share = 2.5 if "backward" in kind else 1.0
-    masks = (False, True) if kind == "backward" else ("full" not in kind,)
+    both = kind == "backward" or "float8" in kind
+    masks = (False, True) if both else ("full" not in kind,)
     figures = []
     for seq_len in HOPPER_LENGTHS.get(row, (1024, 4096, 16384)):
         for causal in masks:

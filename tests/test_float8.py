@@ -93,6 +93,20 @@ def test_path(kernel, launch, device, case):
     assert launch.ran == {"values", "hopper"}
 
 
+@pytest.mark.gpu
+def test_falls_back(kernel, launch, device, monkeypatch):
+    """Where sm_90's kernel does not compile, bfloat16 serves."""
+
+    def broken(*args):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(launch._hopper_calls(), "forward_launch", broken)
+    given = make_float8(LONG[1], device)
+    for _ in range(2):
+        check_float8(kernel, *given)
+    assert "hopper" not in launch.ran and "forward" in launch.ran
+
+
 def test_one_descale(kernel, device):
     """Those that are not given are 1; a view of one number will do."""
     q, k, v, descales, options = make_float8(BY_NAME["causal"], device)

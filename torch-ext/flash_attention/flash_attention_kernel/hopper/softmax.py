@@ -78,6 +78,34 @@ def weigh_8(COUNT, score):
 
 
 @gluon.constexpr_function
+def over_lanes(row, names):
+    """PTX: the row's greatest of what each of its four threads has under a name."""
+    lines = []
+    for lane in (2, 1):
+        for name in names:
+            lines.append(f"shfl.sync.bfly.b32 x, {name}{row}, {lane}, 31, 0xffffffff;")
+            lines.append(f"max.f32 {name}{row}, {name}{row}, x;")
+    return lines
+
+
+@gluon.constexpr_function
+def take(row):
+    """PTX: x as the row's m, and alpha by what m was; 0 where `none`: m or x is -inf."""
+    return f"""sub.f32 alpha{row}, m{row}, x;
+        @none mov.b32 alpha{row}, 0;
+        ex2.approx.ftz.f32 alpha{row}, alpha{row};
+        mov.b32 m{row}, x;"""
+
+
+@gluon.constexpr_function
+def results_of_rows(COUNT, sums):
+    """PTX: a row's sum, m and alpha at each of its elements, from operand number `sums` on."""
+    lines = for_each("mov.b32 SUM, sumROW;", COUNT, SUM=sums)
+    lines += for_each("mov.b32 NEW, mROW;", COUNT, NEW=sums + COUNT)
+    return lines + for_each("mov.b32 ALPHA, alphaROW;", COUNT, ALPHA=sums + 2 * COUNT)
+
+
+@gluon.constexpr_function
 def code_of_weights_8(COUNT):
     """PTX of `block_weights` for e4m3, of which m is always the maximum. Operands as in
     `code_of_weights`, but for the last."""
@@ -89,51 +117,30 @@ def code_of_weights_8(COUNT):
     code += for_each("max.f32 topROW, topROW, SCORE;", COUNT, SCORE=score)
     for row in (0, 1):
         code.append(f"mov.b32 m{row}, ${score + COUNT + 2 * row};")
-        for lane in (2, 1):
-            code.append(f"shfl.sync.bfly.b32 x, top{row}, {lane}, 31, 0xffffffff;")
-            code.append(f"max.f32 top{row}, top{row}, x;")
+        code += over_lanes(row, ["top"])
         code.append(
             f"""mul.f32 top{row}, top{row}, scale;
             max.f32 x, m{row}, top{row};
             setp.eq.f32 none, x, 0fFF800000;
-            sub.f32 alpha{row}, m{row}, x;
-            @none mov.b32 alpha{row}, 0;
-            ex2.approx.ftz.f32 alpha{row}, alpha{row};
-            mov.b32 m{row}, x;
+            {take(row)}
             sub.f32 minus{row}, {SHIFT_8.value}, m{row};
             @none mov.b32 minus{row}, 0;"""
         )
     code += weigh_8(COUNT, score)
-    code += for_each("mov.b32 SUM, sumROW;", COUNT, SUM=sums)
-    code += for_each("mov.b32 NEW, mROW;", COUNT, NEW=sums + COUNT)
-    code += for_each("mov.b32 ALPHA, alphaROW;", COUNT, ALPHA=sums + 2 * COUNT)
-    return "\n".join(code + ["}"])
-
-
-@gluon.constexpr_function
-def operands_of_weights_8(COUNT):
-    return ",".join(["=&r"] * (COUNT // 4) + ["=&f"] * (3 * COUNT) + ["f"] * (3 * COUNT))
+    return "\n".join(code + results_of_rows(COUNT, sums) + ["}"])
 
 
 @gluon.constexpr_function
 def renew(row):
     """PTX: the row's maximum as m, if it has none yet or its weights are too great."""
-    lines = []
-    for lane in (2, 1):
-        for name in ("top", "sum"):
-            lines.append(f"shfl.sync.bfly.b32 x, {name}{row}, {lane}, 31, 0xffffffff;")
-            lines.append(f"max.f32 {name}{row}, {name}{row}, x;")
-    return lines + [
+    return over_lanes(row, ["top", "sum"]) + [
         f"""mul.f32 top{row}, top{row}, scale;
         setp.gtu.f32 some, sum{row}, {LIMIT.value};
         setp.eq.f32 none, m{row}, 0fFF800000;
         max.f32 x, m{row}, top{row};
         @!some mov.b32 x, m{row};
         @none mov.b32 x, top{row};
-        sub.f32 alpha{row}, m{row}, x;
-        @none mov.b32 alpha{row}, 0;
-        ex2.approx.ftz.f32 alpha{row}, alpha{row};
-        mov.b32 m{row}, x;
+        {take(row)}
         neg.f32 minus{row}, m{row};
         setp.eq.f32 none, m{row}, 0fFF800000;
         @none mov.b32 minus{row}, 0;"""
@@ -170,15 +177,13 @@ def code_of_weights(COUNT, HALF):
     code += for_each("max.f32 topROW, topROW, SCORE;", COUNT, SCORE=score)
     code += renew(0) + renew(1) + weigh(COUNT, score, HALF)
     code.append("DONE:")
-    code += for_each("mov.b32 SUM, sumROW;", COUNT, SUM=sums)
-    code += for_each("mov.b32 NEW, mROW;", COUNT, NEW=sums + COUNT)
-    code += for_each("mov.b32 ALPHA, alphaROW;", COUNT, ALPHA=sums + 2 * COUNT)
-    return "\n".join(code + ["}"])
+    return "\n".join(code + results_of_rows(COUNT, sums) + ["}"])
 
 
 @gluon.constexpr_function
-def operands_of_weights(COUNT):
-    return ",".join(["=&r"] * (COUNT // 2) + ["=&f"] * (3 * COUNT) + ["f"] * (4 * COUNT))
+def operands_of_weights(COUNT, PACKED, GIVEN):
+    """PACKED: weights to an operand; GIVEN: operands that an element has."""
+    return ",".join(["=&r"] * (COUNT // PACKED) + ["=&f"] * (3 * COUNT) + ["f"] * (GIVEN * COUNT))
 
 
 @gluon.constexpr_function
@@ -254,17 +259,17 @@ def block_weights(scores, i, scale, l_i, m_i, DTYPE: gl.constexpr):
     given = [x, at_elements(m_i, x), gl.full_like(x, scale), gl.full_like(x, before)]
     if DTYPE == gl.float8e4nv:
         weights, sums, m_i, alpha = gl.inline_asm_elementwise(
-            code_of_weights_8(COUNT), operands_of_weights_8(COUNT), given[:3],
+            code_of_weights_8(COUNT), operands_of_weights(COUNT, 4, 3), given[:3],
             dtype=(gl.float8e4nv, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
         )  # fmt: skip
     elif DTYPE == gl.bfloat16:
         weights, sums, m_i, alpha = gl.inline_asm_elementwise(
-            code_of_weights(COUNT, "bf16"), operands_of_weights(COUNT), given,
+            code_of_weights(COUNT, "bf16"), operands_of_weights(COUNT, 2, 4), given,
             dtype=(gl.bfloat16, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
         )  # fmt: skip
     else:
         weights, sums, m_i, alpha = gl.inline_asm_elementwise(
-            code_of_weights(COUNT, "f16"), operands_of_weights(COUNT), given,
+            code_of_weights(COUNT, "f16"), operands_of_weights(COUNT, 2, 4), given,
             dtype=(gl.float16, gl.float32, gl.float32, gl.float32), is_pure=True, pack=COUNT,
         )  # fmt: skip
     alpha = of_row(alpha)
