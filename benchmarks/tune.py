@@ -2,7 +2,8 @@
 
     python benchmarks/tune.py [--head-dims 64 128 256] [--kernels forward dq dkdv]
         [--kinds full causal bias dropout] --out tuned.json
-    python benchmarks/tune.py --kernels hopper [--head-dims 64 128 192 256] --out tuned.json
+    python benchmarks/tune.py --kernels hopper [--head-dims 64 128 192 256]
+        [--kinds full causal float8 backward] --out tuned.json
 
 Candidates are compiled in parallel first (Triton's disk cache carries them over); those that do not
 fit or spill much are dropped, the rest measured at three sequence lengths and ranked by the
@@ -66,6 +67,8 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "256/backward": "64,64,2,2 64,64,1,2 64,64,2,1",
     "256/backward-mods": "64,64,2,2 64,64,1,2 64,64,2,1",
 }
+KINDS = ("full", "causal", "bias", "dropout")
+HOPPER_KINDS = ("full", "causal", "float8", "backward")
 HOPPER_LENGTHS = {  # for which hopper_calls.forward_tile takes a row, where not all
     "64/full-short": (512,),
     "64/causal": (4096, 16384),
@@ -178,6 +181,7 @@ def tune_hopper(args):
         (row, tuple(map(int, tile.split(","))), args.dtype)
         for row, tiles in HOPPER.items()
         if int(row.partition("/")[0]) in args.head_dims
+        and row.partition("/")[2].partition("-")[0] in (args.kinds or HOPPER_KINDS)
         for tile in tiles.split()
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -218,7 +222,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--head-dims", type=int, nargs="+", default=(64, 128, 256))
     parser.add_argument("--kernels", nargs="+", default=("forward", "dq", "dkdv"))
-    parser.add_argument("--kinds", nargs="+", default=("full", "causal", "bias", "dropout"))
+    parser.add_argument("--kinds", nargs="+", help="all, if none is given")
     parser.add_argument("--seq-lens", type=int, nargs="+", default=(1024, 4096, 16384))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
@@ -231,7 +235,7 @@ def main():
         (kernel, tuple(map(int, tile.split(","))), dim, kind, args.dtype)
         for kernel in args.kernels
         for dim in args.head_dims
-        for kind in args.kinds
+        for kind in args.kinds or KINDS
         for tile in CANDIDATES[kernel, dim].split()
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
