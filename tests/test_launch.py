@@ -104,6 +104,8 @@ def test_hopper(module, recorders, monkeypatch, name, head_dim, backward):
     for which in names:
         recorders[which] = Recorder()
         monkeypatch.setattr(kernels, f"{which}_kernel", recorders[which])
+    sums = Recorder()
+    monkeypatch.setattr(kernels, "sum_parts_kernel", sums)
     case = BY_NAME[name]._replace(head_dim=head_dim, head_dim_v=128)
     for seed in range(2):
         q, k, v, dout, _, options = make(case, torch.float16, "cpu", seed)
@@ -111,6 +113,8 @@ def test_hopper(module, recorders, monkeypatch, name, head_dim, backward):
         out, lse = launch.forward(problem)
         launch.backward(problem, dout, None, out, lse)
     hold(recorders, *names)
+    assert len(sums.calls) == (4 if case.nheads > case.nheads_k else 0)  # dK, dV
+    assert sums.calls[:2] == sums.calls[2:]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,28 @@ def test_hopper_serves(module, head_dim, head_dim_v, ordered, wanted):
     if wanted:
         for parts, tensor in zip(hopper_calls.partial_grads(problem, 2), (k, v)):
             assert parts.shape == (*tensor.shape[:-2], 2 * tensor.shape[-2], tensor.shape[-1])
+
+
+def test_tensor_maps(module):
+    """Triton 3.6's arguments: a map for each address, encoded once; strides beside addresses."""
+    maps = module("flash_attention_kernel.tensor_maps")
+    encoded = []
+
+    def encode(descriptor, meta):
+        encoded.append((descriptor.base.data_ptr(), meta))
+        return [("map", *encoded[-1]), *descriptor.shape]
+
+    q, k, other = (torch.zeros(4) for _ in range(3))
+    layouts = ({"shape": [8]}, (5, 1), None, {"shape": [9]})
+    direct = maps.Direct(None, (), encode, ("first", "second"), {}, {})
+    for left, right in ((q, k), (other, k), (q, k)):
+        assert direct.expanded((left, q, q, right), layouts) == [
+            ("map", left.data_ptr(), "first"), 8, (q.data_ptr(), 5, 1), None,
+            ("map", right.data_ptr(), "second"), 9,
+        ]  # fmt: skip
+    assert len(encoded) == 3
+    plain = maps.Direct(None, (), None, (), {}, {})
+    assert plain.expanded((q, None), ((5, 1), None)) == [(q, 5, 1), None]
 
 
 CASES = {

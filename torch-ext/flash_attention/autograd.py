@@ -1,5 +1,7 @@
 """The one autograd.Function, for dense and packed problems alike."""
 
+import contextlib
+
 import torch
 
 from . import ops
@@ -7,6 +9,7 @@ from .problem import AttentionProblem
 
 NUM_TENSORS = AttentionProblem._fields.index("softmax_scale")  # the fields begin with them
 FIRST_MOD = AttentionProblem._fields.index("attn_bias")  # of AttentionProblem.differentiable()
+NOT_WANTED = (False,) * 3
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -39,44 +42,51 @@ def unpack(pack, q, k, v):
     return (q, *k.unbind(-3)) if pack == 2 else (q, k, v)
 
 
-class Attention(torch.autograd.Function):
-    """(memo, pack, *AttentionProblem) -> (out, lse), both differentiable, once.
+def problem_of(pack, scalars, tensors) -> AttentionProblem:
+    """The problem of what `Attention` is given."""
+    missing = (None,) * (NUM_TENSORS - len(tensors))
+    return AttentionProblem(*unpack(pack, *tensors[:3]), *tensors[3:], *missing, *scalars)
 
-    The first three fields are q, k, v, or packed as `unpack` says: then so are their gradients,
-    which backward writes where they belong. memo: see ops.fwd_eager.
+
+class Attention(torch.autograd.Function):
+    """(memo, pack, scalars, *tensors) -> (out, lse), both differentiable, once.
+
+    scalars, tensors: AttentionProblem's; of these none but the first three where the others are
+    None, as every argument takes host time. The first three are q, k, v, or packed as
+    `unpack` says: then so are their gradients, which backward writes where they belong. memo: see
+    ops.fwd_eager.
     """
 
     @staticmethod
-    def forward(memo, pack, *fields):
-        problem = AttentionProblem(*unpack(pack, *fields[:3]), *fields[3:])
-        return ops.fwd_eager(problem, memo)
+    def forward(memo, pack, scalars, *tensors):
+        return ops.fwd_eager(problem_of(pack, scalars, tensors), memo)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.memo, ctx.pack, *fields = inputs
-        ctx.scalars = fields[NUM_TENSORS:]
-        ctx.save_for_backward(*output, *fields[:NUM_TENSORS])
+        ctx.memo, ctx.pack, ctx.scalars, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)  # lse mostly has no gradient: do not fill zeros for it
 
     @staticmethod
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
-        pack, packed = ctx.pack, tensors[:3]
-        problem = AttentionProblem(*unpack(pack, *packed), *tensors[3:], *ctx.scalars)
-        wanted = ctx.needs_input_grad[2 + FIRST_MOD : 2 + FIRST_MOD + 3]
-        with torch.no_grad():
+        problem = problem_of(ctx.pack, ctx.scalars, tensors)
+        wanted = ctx.needs_input_grad[3 + FIRST_MOD : 3 + FIRST_MOD + 3] or NOT_WANTED
+        records = torch.is_grad_enabled()  # create_graph=True, or torch.compile
+        with torch.no_grad() if records else contextlib.nullcontext():
             if dout is None:  # only lse was used
                 dout = torch.zeros_like(out)
-            grads = ops.bwd_eager(dout, dlse, out, lse, pack, wanted, problem, ctx.memo)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            sources = [t for t in (dout, *packed, *problem.differentiable()) if t is not None]
+            grads = ops.bwd_eager(dout, dlse, out, lse, ctx.pack, wanted, problem, ctx.memo)
+        if records and not torch.compiler.is_compiling():
+            sources = (dout, *tensors[:3], *problem.differentiable())
+            sources = [tensor for tensor in sources if tensor is not None]
             grads = OnceDifferentiable.apply(len(grads), *grads, *sources)
-        grads = iter(grads)
-        of_packed = [None if t is None else next(grads) for t in packed]
-        of_mods = [next(grads) if flag else None for flag in wanted]
-        of_lengths = [None] * (FIRST_MOD - 3)
-        of_others = [None] * (NUM_TENSORS - FIRST_MOD - 3 + len(ctx.scalars))
-        return (None, None, *of_packed, *of_lengths, *of_mods, *of_others)
+        places = [place for place in range(3) if tensors[place] is not None]
+        places += [FIRST_MOD + number for number, flag in enumerate(wanted) if flag]
+        of_tensors = [None] * len(tensors)
+        for place, grad in zip(places, grads):
+            of_tensors[place] = grad
+        return (None, None, None, *of_tensors)
 
 
 # What Function.apply calls in the end, where no functorch transform is active; before that it
@@ -95,13 +105,13 @@ def attention(problem: AttentionProblem, packed=None, memo=None):
         apply = past_function_apply
     else:
         apply, memo = Attention.apply, None
-    if packed is not None:
-        pack = 3 if len(packed) == 1 else 2
-        tensors = (*packed, *(None,) * (3 - len(packed)))
-        return apply(memo, pack, *tensors, *problem[3:])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and packed is None:
         problem = _distinct(problem)
-    return apply(memo, 1, *problem)
+    pack = 1 if packed is None else 4 - len(packed)
+    tensors = problem[:3] if packed is None else (*packed, *(None,) * (3 - len(packed)))
+    if problem.cu_seqlens_q is not None or problem.has_mods():
+        tensors += problem[3:NUM_TENSORS]
+    return apply(memo, pack, problem[NUM_TENSORS:], *tensors)
 
 
 def probabilities(problem: AttentionProblem, lse, max_seqlen_q, max_seqlen_k):

@@ -1,12 +1,14 @@
-"""Tensor maps kept from call to call.
+"""Triton 3.6's launcher in C, past what precedes it in Python; tensor maps kept from call to call.
 
-Triton 3.6 encodes the map of each tensor descriptor anew on every call, in Python; a map depends on
-nothing but the address where shape and strides are those of a plan. With the maps kept a call of
-four takes 8 us of host time instead of 14, one of eight 8 instead of 16 (an H200's host).
+That encodes the map of each tensor descriptor anew on every call; a map depends on nothing but the
+address where shape and strides are those of a plan. With the maps kept a call of four takes 8 us of
+host time instead of 14, one of eight 8 instead of 16 (an H200's host).
 """
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+import triton
 
 MAX_MAPS = 1024  # of one plan; one is 128 bytes
 
@@ -19,40 +21,60 @@ class Direct(NamedTuple):
     encode: Any  # descriptor, metadata -> the arguments that stand for it
     metas: tuple  # of each descriptor
     kept: dict  # (number, address) -> arguments
+    whole: dict  # addresses of all operands -> arguments
 
     def expanded(self, operands, layouts):
         """The operands as the C launcher takes them."""
+        if not self.metas:
+            return [layout and (tensor, *layout) for tensor, layout in zip(operands, layouts)]
+        key = tuple([t.data_ptr() for t, layout in zip(operands, layouts) if layout is not None])
+        arguments = self.whole.get(key)
+        if arguments is None:
+            arguments = remember(self.whole, key, self.each_expanded(operands, layouts))
+        return arguments
+
+    def each_expanded(self, operands, layouts):
+        """`expanded`, one after the other."""
         arguments, number = [], 0
         for tensor, layout in zip(operands, layouts):
-            if layout.__class__ is tuple:
-                arguments.append((tensor, *layout))
-                continue
             if layout is None:
                 arguments.append(None)
-                continue
-            key = (number, tensor.data_ptr())
-            found = self.kept.get(key)
-            if found is None:
-                if len(self.kept) >= MAX_MAPS:
-                    self.kept.clear()
-                descriptor = SimpleNamespace(base=tensor, **layout)
-                found = self.kept[key] = self.encode(descriptor, self.metas[number])
-            arguments += found
-            number += 1
+            elif layout.__class__ is tuple:
+                arguments.append((tensor.data_ptr(), *layout))
+            else:
+                arguments += self.map_of(tensor, layout, number)
+                number += 1
         return arguments
+
+    def map_of(self, tensor, layout, number):
+        """The arguments that stand for descriptor `number`, of that tensor."""
+        key = (number, tensor.data_ptr())
+        found = self.kept.get(key)
+        if found is None:
+            descriptor = SimpleNamespace(base=tensor, **layout)
+            found = remember(self.kept, key, self.encode(descriptor, self.metas[number]))
+        return found
+
+
+def remember(memory, key, value):
+    """-> value, which `memory` has from now on"""
+    if len(memory) >= MAX_MAPS:
+        memory.clear()
+    memory[key] = value
+    return value
 
 
 def direct(compiled):
-    """-> Direct, or None where there is no descriptor or Triton's launcher is not like 3.6's."""
+    """-> Direct, or None where the launcher is not Triton 3.6's for NVIDIA, or takes memory."""
     runner = compiled.run
-    inner = getattr(runner, "launch", None)
-    code = getattr(inner, "__code__", None)
-    names = code.co_freevars if code is not None else ()
-    if not {"launcher", "tensordesc_indices", "tensordesc_meta"} <= set(names):
+    if not triton.__version__.startswith("3.6.") or type(runner).__name__ != "CudaLauncher":
         return None
     if runner.global_scratch_size or runner.profile_scratch_size:
         return None
-    cells = {name: cell.cell_contents for name, cell in zip(names, inner.__closure__)}
     base = (runner.launch_cooperative_grid, runner.launch_pdl, None, None)
-    encode = inner.__globals__["make_tensordesc_arg"]
-    return Direct(cells["launcher"], base, encode, tuple(cells["tensordesc_meta"]), {})
+    code = getattr(runner.launch, "__code__", None)
+    if code is None:  # in C: there are no descriptors to encode before it
+        return Direct(runner.launch, base, None, (), {}, {})
+    cells = dict(zip(code.co_freevars, (cell.cell_contents for cell in runner.launch.__closure__)))
+    encode = runner.launch.__globals__["make_tensordesc_arg"]
+    return Direct(cells["launcher"], base, encode, tuple(cells["tensordesc_meta"]), {}, {})
