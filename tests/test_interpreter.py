@@ -113,6 +113,25 @@ def test_around_the_hopper_backward(module, name, head_dim, head_dim_v):
     torch.testing.assert_close(dq, want_dq)
 
 
+@pytest.mark.parametrize("name", ("full", "varlen-gqa"))
+@pytest.mark.parametrize("head_dim", (64, 88, 256))
+@pytest.mark.parametrize("parts", (2, 8))
+def test_sum_of_parts(module, name, head_dim, parts):
+    """dK of the parts of each KV head, into a gradient with strides of its own."""
+    hopper_calls, plans = (
+        module(f"flash_attention_kernel.{name}") for name in ("hopper_calls", "plans")
+    )
+    case = BY_NAME[name]._replace(head_dim=head_dim, head_dim_v=head_dim)
+    q, k, v, _, _, options = make(case, torch.float16, "cpu")
+    problem = problem_of(module, case, q, k, v, options)
+    partial, _ = hopper_calls.partial_grads(problem, parts)
+    partial.normal_()
+    _, dkv = problem.empty_grads(2)
+    plans.run(hopper_calls.sum_parts_launch(dkv[1], partial))
+    want = partial.double().unflatten(-2, (-1, parts)).sum(-2)
+    torch.testing.assert_close(dkv[1], want.to(k.dtype))
+
+
 @pytest.mark.parametrize("name", ("full", "varlen-gqa", "used-causal"))
 def test_transposed_values(module, name):
     """float8's V: keys along the columns, in the order of a thread's elements; 0 past a sequence,

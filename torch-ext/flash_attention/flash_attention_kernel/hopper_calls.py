@@ -20,7 +20,7 @@ from .config import (
 from .hopper.backward import hopper_backward_kernel
 from .hopper.forward import hopper_forward_kernel
 from .hopper.pipeline import ROWS
-from .hopper.stats import finish_kernel, prepare_kernel
+from .hopper.stats import finish_kernel, prepare_kernel, sum_parts_kernel
 from .hopper.values import transpose_values_kernel
 from .hopper.wide import hopper_wide_backward_kernel
 from .seqlen import Lengths, num_tiles
@@ -286,6 +286,20 @@ def partial_grads(problem, parts) -> tuple:
     new = torch.empty if written else torch.zeros
     shapes = ((*t.shape[:-2], parts * t.shape[-2], t.shape[-1]) for t in (problem.k, problem.v))
     return tuple(new(s, dtype=torch.float32, device=problem.k.device) for s in shapes)
+
+
+def sum_parts_launch(grad, partial) -> Launch:
+    """The call that fills dk or dv from one of `partial_grads`."""
+    *_, seqlen, nheads, dim = grad.shape
+    rows, block_d = grad.numel() // max(nheads * dim, 1), hopper_dim(dim)
+    block = 2048 // block_d
+    options = {
+        "PARTS": partial.shape[-2] // nheads, "BLOCK": block, "BLOCK_D": block_d, "DIM": dim,
+        "num_warps": 4,
+    }  # fmt: skip
+    programs = -(-rows * nheads // block)
+    counts = (rows, seqlen, nheads)
+    return Launch(sum_parts_kernel, programs, (operand(grad),), (partial,), (), counts, (), options)
 
 
 def _rows_launch(problem, kernel, operands, pointers, others, tile, dim, **more) -> Launch:

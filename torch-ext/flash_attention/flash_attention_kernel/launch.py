@@ -325,8 +325,11 @@ def _backward_by_hopper(memo, problem, rows, delta, ordered, mods, dq, dk, dv) -
         lambda: hopper_calls.finish_launch(problem, sums, turns, dq, tile),
     )  # fmt: skip
     if parts > 1:
-        for grad, partial in ((dk, to_dk), (dv, to_dv)):
-            grad.copy_(partial.unflatten(-2, (-1, parts)).sum(-2))
+        for name, grad, partial in (("sum_dk", dk, to_dk), ("sum_dv", dv, to_dv)):
+            call(
+                memo, name, device, (grad,), (partial,), (), (),
+                lambda grad=grad, partial=partial: hopper_calls.sum_parts_launch(grad, partial),
+            )  # fmt: skip
     return True
 
 

@@ -94,3 +94,24 @@ def finish_kernel(
         flat = tl.load(ptrs)
     tile = in_rows(flat, BLOCK_M, BLOCK_D) * (scale_log2 * LN2)
     store_tile(at_head(dq, seq, head, q_first), start_m, seqlen, tile, BLOCK_M, BLOCK_D, DIM)
+
+
+@triton.jit(do_not_specialize=("rows", "seqlen"))
+def sum_parts_kernel(
+    out, parts, rows, seqlen, nheads, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Grid: over BLOCK of the heads of all rows. out, an Operand of sequences of `seqlen` rows, =
+    the sums of the PARTS heads that parts [rows, nheads * PARTS, DIM], float32, has for each of
+    its own."""
+    number = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, head = number // nheads, number % nheads
+    cols = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (cols < DIM)[None, :]
+    ptrs = parts + number[:, None] * (PARTS * DIM) + cols[None, :]
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(ptrs + part * DIM, mask=mask, other=0.0)
+    ptr = out.ptr + row // seqlen * out.batch + row % seqlen * out.seq + head * out.head
+    ptrs = ptr[:, None] + cols[None, :] * out.dim
+    tl.store(ptrs, total.to(out.ptr.dtype.element_ty), mask)
