@@ -27,13 +27,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common import LN2
-from ..masks import diagonal_shift, keep_mask, keep_mask_by_key
+from ..masks import diagonal_shift, keep_mask_by_key
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
 from .compat import reinterpreted
 from .grads import Grads, row_layout, store, store_grad
 from .pipeline import (
     ROWS,
+    columns,
+    first_column,
     inner_product,
     make_channel,
     make_notes,
@@ -73,7 +75,6 @@ class Rings(NamedTuple):
     dout: Any
     stats: Any  # [STAGES, 2 * BLOCK_M]: of dout's rows lse in log2 units, then -delta
     stats_rows: Any  # [2 * STAGES, BLOCK_M]: the same
-    cols: Any  # [BLOCK_M]: 0, 1, 2 ..., to be read where LLVM would have them in registers for good
     ds: Any  # of either consumer: dSᵀ, [ROWS, BLOCK_M]
     notes: Any
 
@@ -97,15 +98,13 @@ def make_rings(
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     stats_tiles = gl.allocate_shared_memory(stats.dtype, [STAGES] + stats.block_shape, stats.layout)
     stats_rows = reinterpreted(stats_tiles, gl.float32, [2 * STAGES, BLOCK_M], STATS)
-    numbers = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, product_layout(BLOCK_M)))
-    cols = gl.allocate_shared_memory(gl.int32, [BLOCK_M], STATS, numbers)
     k_tiles, v_tiles = make_channel(k, K_TILES, 2), make_channel(v, HALVES, 1)
     q_tiles, dout_tiles = make_channel(q, Q_TILES, 2), make_channel(dout, STAGES, 2)
     ds = (make_ring(q.dtype, ROWS, BLOCK_M, DS),)
     if HALVES == 2:
         ds = (ds[0], make_ring(q.dtype, ROWS, BLOCK_M, DS))
     notes = make_notes(WORK_FIELDS, NOTED)
-    return Rings(k_tiles, v_tiles, q_tiles, dout_tiles, stats_tiles, stats_rows, cols, ds, notes)
+    return Rings(k_tiles, v_tiles, q_tiles, dout_tiles, stats_tiles, stats_rows, ds, notes)
 
 
 @gluon.jit
@@ -223,13 +222,11 @@ def weights_of(qk, lse_log2, k_pos, start_m, work, rings, mods, head_mods, SPEC:
     if SPEC.left:
         masked = masked | (start_m >= work.full_end)
     if masked:
-        if SPEC.left:  # else this would spill: 14 loads a step for 4 (D 128 causal, Triton 3.6)
-            cols, rows = rings.cols.load(COL)[None, :], rows - start_m
-            seqlen_k = work.seqlen_k - start_m
-            keep = keep_mask_by_key(cols, rows, head_mods.shift, seqlen_k, mods, SPEC)
-        else:
-            seqlen_k = work.seqlen_k + opaque_zero()  # else the last key's number is kept
-            keep = keep_mask(cols, rows, head_mods.shift, seqlen_k, mods, SPEC, True)
+        # Counted from a thread's first query: else LLVM keeps all their numbers, and ptxas spills.
+        first = first_column(start_m, k_pos)
+        cols, rows = columns(qk.shape[1], gl.bfloat16)[None, :], (k_pos - first)[:, None]
+        seqlen_k = (work.seqlen_k - first)[:, None]
+        keep = keep_mask_by_key(cols, rows, head_mods.shift, seqlen_k, mods, SPEC)
         p = gl.where(keep, p, 0.0)
     return p
 
@@ -313,7 +310,8 @@ def attend(
     rings.dout.release(last)
     # Read again: what it says of the keys would take registers all the while.
     keys = received_keys(rings.notes, work_count, call)
-    place = rings.v.tiles.index(WHICH)
+    # By opaque indices: else the addresses of both places are kept, or spilled, all the while.
+    place = rings.v.tiles.index(opaque_zero() + WHICH)
     store_grad(grads.dv, grads.dv_tiles, place, dv_acc, keys, WHICH, SPEC.head_dim)
     ds_ring.claim(last + ds_ring.STAGES)  # and so, as dQ goes by order, all of the ring
     tma.store_wait(0)  # it has read dV
@@ -322,7 +320,7 @@ def attend(
     SHAPE: gl.constexpr = [TIMES, 1, ROWS, 1, BLOCK_D]
     dk_tiles = reinterpreted(ds_ring.tiles, rings.k.tiles.dtype, SHAPE, rings.k.tiles.layout)
     dk_acc *= mods.scale_log2 * LN2
-    place = dk_tiles.index(0)
+    place = dk_tiles.index(opaque_zero())
     store_grad(grads.dk, grads.dk_tiles, place, dk_acc, keys, WHICH, SPEC.head_dim)
 
 
