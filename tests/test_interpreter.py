@@ -114,7 +114,7 @@ def test_around_the_hopper_backward(module, name, head_dim, head_dim_v):
 
 
 @pytest.mark.parametrize("name", ("full", "varlen-gqa"))
-@pytest.mark.parametrize("head_dim", (64, 88, 256))
+@pytest.mark.parametrize("head_dim", (64, 88, 192, 256))
 @pytest.mark.parametrize("parts", (2, 8))
 def test_sum_of_parts(module, name, head_dim, parts):
     """dK of the parts of each KV head, into a gradient with strides of its own."""

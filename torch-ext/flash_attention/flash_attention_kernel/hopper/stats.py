@@ -1,4 +1,5 @@
-"""What surrounds hopper/backward.py: its rows' stats before, dQ from its float32 sums after."""
+"""What surrounds hopper/backward.py: its rows' stats before; after it dQ from its float32 sums, and
+dK and dV from those of a group's parts."""
 
 import triton
 import triton.language as tl
