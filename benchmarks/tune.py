@@ -227,6 +227,9 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    kinds = HOPPER_KINDS if "hopper" in args.kernels else KINDS
+    if not set(args.kinds or kinds) <= set(kinds):
+        parser.error(f"--kinds of these kernels are {' '.join(kinds)}, got {' '.join(args.kinds)}")
     if "hopper" in args.kernels:
         tune_hopper(args)
         return 0
