@@ -68,7 +68,6 @@ HOPPER = {  # key of a hopper row -> (block_m, block_n, stages, q_tiles)
     "256/backward-mods": "64,64,2,2 64,64,1,2 64,64,2,1",
 }
 KINDS = ("full", "causal", "bias", "dropout")
-HOPPER_KINDS = ("full", "causal", "float8", "backward")
 HOPPER_LENGTHS = {  # for which hopper_calls.forward_tile takes a row, where not all
     "64/full-short": (512,),
     "64/causal": (4096, 16384),
@@ -76,6 +75,11 @@ HOPPER_LENGTHS = {  # for which hopper_calls.forward_tile takes a row, where not
     "64/float8": (4096, 16384),
     "64/float8-short": (512,),
 }
+
+
+def hopper_kind(row):
+    """What of --kinds chooses a row of HOPPER."""
+    return row.partition("/")[2].partition("-")[0]
 
 
 def modules():
@@ -180,8 +184,7 @@ def tune_hopper(args):
     jobs = [
         (row, tuple(map(int, tile.split(","))), args.dtype)
         for row, tiles in HOPPER.items()
-        if int(row.partition("/")[0]) in args.head_dims
-        and row.partition("/")[2].partition("-")[0] in (args.kinds or HOPPER_KINDS)
+        if int(row.partition("/")[0]) in args.head_dims and hopper_kind(row) in args.kinds
         for tile in tiles.split()
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -227,8 +230,9 @@ def main():
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    kinds = HOPPER_KINDS if "hopper" in args.kernels else KINDS
-    if not set(args.kinds or kinds) <= set(kinds):
+    kinds = sorted(set(map(hopper_kind, HOPPER))) if "hopper" in args.kernels else KINDS
+    args.kinds = args.kinds or kinds
+    if not set(args.kinds) <= set(kinds):
         parser.error(f"--kinds of these kernels are {' '.join(kinds)}, got {' '.join(args.kinds)}")
     if "hopper" in args.kernels:
         tune_hopper(args)
@@ -238,7 +242,7 @@ def main():
         (kernel, tuple(map(int, tile.split(","))), dim, kind, args.dtype)
         for kernel in args.kernels
         for dim in args.head_dims
-        for kind in args.kinds or KINDS
+        for kind in args.kinds
         for tile in CANDIDATES[kernel, dim].split()
     ]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:

@@ -231,6 +231,18 @@ def test_heads_of_a_group(module, monkeypatch, seqlen, causal, group):
     assert found == group
 
 
+def test_no_tensor_is_lost(module):
+    """autograd and the signature of a dense call leave out its tensors where `has_mods` is False:
+    no field but those of packed calls, and dropout's seed, may be set then."""
+    problem_module, options = module("problem"), module("options").Options()
+    q = torch.zeros(1, 4, 2, 16)
+    plain = problem_module.AttentionProblem.dense(q, q, q, options)
+    assert not plain.has_mods()
+    for name in plain._fields[3 : len(plain.tensors())]:
+        if name not in ("cu_seqlens_q", "cu_seqlens_k", "rng_state"):
+            assert plain._replace(**{name: q}).has_mods(), name
+
+
 def test_signature(module, monkeypatch):
     """There is none of a tensor without strides; what cannot be hashed, or may hide data, is not
     kept, nor is a call on a CPU; one on a GPU is."""

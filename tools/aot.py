@@ -58,7 +58,7 @@ LONG = 8192  # rows of a sequence for which the hopper table's rows are that are
 
 # Bytes in local memory that are let pass in a backward: what outlasts a loop; from D 128 on also
 # what a window, softcap and ALiBi take.
-PARKED = {"hopper_backward": 240, "hopper_ordered": 72}
+PARKED = {"hopper_backward": 168, "hopper_ordered": 64}
 
 
 class Row(NamedTuple):

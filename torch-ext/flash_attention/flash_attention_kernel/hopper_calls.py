@@ -291,7 +291,7 @@ def partial_grads(problem, parts) -> tuple:
 def sum_parts_launch(grad, partial) -> Launch:
     """The call that fills dk or dv from one of `partial_grads`."""
     *_, seqlen, nheads, dim = grad.shape
-    rows, block_d = grad.numel() // max(nheads * dim, 1), hopper_dim(dim)
+    rows, block_d = grad.numel() // (nheads * dim), hopper_dim(dim)
     block = 2048 // block_d
     options = {
         "PARTS": partial.shape[-2] // nheads, "BLOCK": block, "BLOCK_D": block_d, "DIM": dim,

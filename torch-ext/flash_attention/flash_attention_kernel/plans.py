@@ -5,14 +5,13 @@ same shapes and strides only fills in the pointers.
 """
 
 import functools
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from .calls import Launch
-from .tensor_maps import direct
+from .tensor_maps import direct, expanded, layout_of
 
 MAX_PLANS = 4096  # signatures remembered; one costs about 2 KiB
 
@@ -105,21 +104,6 @@ def call(memo, name, device, operands, pointers, lengths, others, build):
             None, None, None, *map(expanded, operands, plan.layouts),
             *pointers, *lengths, *plan.counts, *others, *plan.constexprs,
         )  # fmt: skip
-
-
-def layout_of(operand):
-    """An operand without its tensor: strides, or of a descriptor all fields, which is what Triton
-    reads of one, or None."""
-    if operand is None or isinstance(operand, tuple):
-        return operand and operand[1:]
-    return {name: value for name, value in vars(operand).items() if name != "base"}
-
-
-def expanded(tensor, layout):
-    """An operand from its tensor and its layout."""
-    if layout.__class__ is tuple:
-        return (tensor, *layout)
-    return layout and SimpleNamespace(base=tensor, **layout)
 
 
 def first_call(memo, name, launch: Launch):

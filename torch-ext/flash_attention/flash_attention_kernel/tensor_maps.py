@@ -1,8 +1,9 @@
-"""Triton 3.6's launcher in C, past what precedes it in Python; tensor maps kept from call to call.
+"""Operands with and without their tensors; Triton 3.6's launcher in C, past what precedes it in
+Python, and tensor maps kept from call to call.
 
-That encodes the map of each tensor descriptor anew on every call; a map depends on nothing but the
-address where shape and strides are those of a plan. With the maps kept a call of four takes 8 us of
-host time instead of 14, one of eight 8 instead of 16 (an H200's host).
+What precedes it encodes the map of each tensor descriptor anew on every call; a map depends on
+nothing but the address where shape and strides are those of a plan. With the maps kept a call of
+four takes 8 us of host time instead of 14, one of eight 8 instead of 16 (an H200's host).
 """
 
 from types import SimpleNamespace
@@ -10,7 +11,22 @@ from typing import Any, NamedTuple
 
 import triton
 
-MAX_MAPS = 1024  # of one plan; one is 128 bytes
+MAX_KEPT = 1024  # of one plan, maps and calls' arguments; a map is 128 bytes, these are 1 KiB
+
+
+def layout_of(operand):
+    """An operand without its tensor: strides, or of a descriptor all fields, which is what Triton
+    reads of one, or None."""
+    if operand is None or isinstance(operand, tuple):
+        return operand and operand[1:]
+    return {name: value for name, value in vars(operand).items() if name != "base"}
+
+
+def expanded(tensor, layout):
+    """An operand from its tensor and its layout."""
+    if layout.__class__ is tuple:
+        return (tensor, *layout)
+    return layout and SimpleNamespace(base=tensor, **layout)
 
 
 class Direct(NamedTuple):
@@ -26,7 +42,7 @@ class Direct(NamedTuple):
     def expanded(self, operands, layouts):
         """The operands as the C launcher takes them."""
         if not self.metas:
-            return [layout and (tensor, *layout) for tensor, layout in zip(operands, layouts)]
+            return list(map(expanded, operands, layouts))
         key = tuple([t.data_ptr() for t, layout in zip(operands, layouts) if layout is not None])
         arguments = self.whole.get(key)
         if arguments is None:
@@ -37,13 +53,11 @@ class Direct(NamedTuple):
         """`expanded`, one after the other."""
         arguments, number = [], 0
         for tensor, layout in zip(operands, layouts):
-            if layout is None:
-                arguments.append(None)
-            elif layout.__class__ is tuple:
-                arguments.append((tensor.data_ptr(), *layout))
-            else:
+            if layout.__class__ is dict:
                 arguments += self.map_of(tensor, layout, number)
                 number += 1
+            else:  # by its address: its memory would be kept, too
+                arguments.append(layout and (tensor.data_ptr(), *layout))
         return arguments
 
     def map_of(self, tensor, layout, number):
@@ -51,14 +65,14 @@ class Direct(NamedTuple):
         key = (number, tensor.data_ptr())
         found = self.kept.get(key)
         if found is None:
-            descriptor = SimpleNamespace(base=tensor, **layout)
-            found = remember(self.kept, key, self.encode(descriptor, self.metas[number]))
+            encoded = self.encode(expanded(tensor, layout), self.metas[number])
+            found = remember(self.kept, key, encoded)
         return found
 
 
 def remember(memory, key, value):
     """-> value, which `memory` has from now on"""
-    if len(memory) >= MAX_MAPS:
+    if len(memory) >= MAX_KEPT:
         memory.clear()
     memory[key] = value
     return value

@@ -31,7 +31,7 @@ from ..masks import diagonal_shift, keep_mask_by_key
 from ..scores import mods_at_head, probability, product_grad, score_grad
 from ..seqlen import Lengths, partner_bounds
 from .compat import reinterpreted
-from .grads import Grads, row_layout, store, store_grad
+from .grads import Grads, store, store_grad
 from .pipeline import (
     ROWS,
     columns,
@@ -43,6 +43,7 @@ from .pipeline import (
     opaque_zero,
     packed,
     product_layout,
+    row_layout,
     scrub,
     unpacked,
 )
@@ -225,9 +226,9 @@ def weights_of(qk, lse_log2, k_pos, start_m, work, rings, mods, head_mods, SPEC:
     if masked:
         # Counted from a thread's first query: else LLVM keeps all their numbers, and ptxas spills.
         first = first_column(start_m, k_pos)
-        cols, rows = columns(qk.shape[1], gl.bfloat16)[None, :], (k_pos - first)[:, None]
+        queries, keys = columns(qk.shape[1], gl.bfloat16)[None, :], (k_pos - first)[:, None]
         seqlen_k = (work.seqlen_k - first)[:, None]
-        keep = keep_mask_by_key(cols, rows, head_mods.shift, seqlen_k, mods, SPEC)
+        keep = keep_mask_by_key(queries, keys, head_mods.shift, seqlen_k, mods, SPEC)
         p = gl.where(keep, p, 0.0)
     return p
 

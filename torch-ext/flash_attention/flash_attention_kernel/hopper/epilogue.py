@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from ..common import LN2, row_at_head, row_operand
 from ..seqlen import Lengths
 from .compat import async_store
-from .pipeline import ROWS, at_head_late, opaque_zero
+from .pipeline import ROWS, at_head_late, opaque_zero, row_layout
 from .products import rescaled
 
 
@@ -53,8 +53,7 @@ def store_part(out, acc, tile, FIRST: gl.constexpr, WHICH: gl.constexpr, SPEC: g
     """Write rows of out, from column FIRST on."""
     ptr, stride = at_head_late(out.out, tile.seq, tile.head, tile.q_first, SPEC.head_dim_v)
     COLS: gl.constexpr = acc.shape[1]
-    # Whole rows, 16 bytes a thread: stored as the products lie, 4 bytes, a tile took 2 us longer.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = row_layout(COLS)
     result = gl.convert_layout(acc.to(ptr.dtype.element_ty), LAYOUT)
     rows = tile.start_m + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     cols = FIRST + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))

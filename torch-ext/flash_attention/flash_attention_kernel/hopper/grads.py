@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from .compat import async_store
-from .pipeline import ROWS, at_head_late
+from .pipeline import ROWS, at_head_late, row_layout
 
 
 class Grads(NamedTuple):
@@ -17,12 +17,6 @@ class Grads(NamedTuple):
     dv: Any
     dk_tiles: Any
     dv_tiles: Any
-
-
-@gluon.constexpr_function
-def row_layout(COLS):
-    """Whole rows, 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
