@@ -147,12 +147,12 @@ def test_tensor_maps(module):
         return [("map", *encoded[-1]), *descriptor.shape]
 
     q, k, other = (torch.zeros(4) for _ in range(3))
-    layouts = ({"shape": [8]}, (5, 1), None, {"shape": [9]})
+    layouts = ({"shape": [8]}, (5, 1), None, {"shape": [9]}, ())
     direct = maps.Direct(None, (), encode, ("first", "second"), {}, {})
     for left, right in ((q, k), (other, k), (q, k)):
-        assert direct.expanded((left, q, q, right), layouts) == [
+        assert direct.expanded((left, q, q, right, k), layouts) == [
             ("map", left.data_ptr(), "first"), 8, (q.data_ptr(), 5, 1), None,
-            ("map", right.data_ptr(), "second"), 9,
+            ("map", right.data_ptr(), "second"), 9, (k.data_ptr(),),
         ]  # fmt: skip
     assert len(encoded) == 3
     plain = maps.Direct(None, (), None, (), {}, {})

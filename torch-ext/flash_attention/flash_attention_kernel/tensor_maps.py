@@ -56,8 +56,10 @@ class Direct(NamedTuple):
             if layout.__class__ is dict:
                 arguments += self.map_of(tensor, layout, number)
                 number += 1
+            elif layout is None:
+                arguments.append(None)
             else:  # by its address: its memory would be kept, too
-                arguments.append(layout and (tensor.data_ptr(), *layout))
+                arguments.append((tensor.data_ptr(), *layout))
         return arguments
 
     def map_of(self, tensor, layout, number):
