@@ -386,6 +386,29 @@ def test_cuda_graph(kernel, launch, device):
 
 
 @pytest.mark.gpu
+def test_cuda_graph_of_backward(kernel, launch, device):
+    """The kernels of a backward, of which each begins under the one before, captured and replayed
+    beside other calls."""
+    q, k, v, dout = torch.randn(4, 4, 1000, 8, 128, device=device, dtype=torch.bfloat16)
+    inputs = tuple(t.requires_grad_() for t in (q, k, v))
+
+    def grads():
+        out = kernel.flash_attn_func(*inputs, causal=True, deterministic=True)
+        return torch.autograd.grad(out, inputs, dout)
+
+    want, graph = grads(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = grads()
+    for _ in range(3):
+        for grad in got:
+            grad.zero_()
+        graph.replay()
+        for others in (got, grads()):
+            assert all(map(torch.equal, others, want))
+    assert "finish" in launch.ran
+
+
+@pytest.mark.gpu
 def test_falls_back(kernel, launch, device, monkeypatch, caplog):
     """Where the kernel does not compile the portable one serves, and one warning says so."""
     calls = launch._hopper_calls()

@@ -7,7 +7,7 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .calls import Launch, counts_of, mods_of, operand, paging_of, spec_of
+from .calls import Launch, counts_of, has_pdl, mods_of, operand, paging_of, spec_of
 from .config import (
     HOPPER_DIMS,
     HopperConfig,
@@ -241,6 +241,11 @@ def _is_wide(problem) -> bool:
     return max(problem.q.shape[-1], problem.v.shape[-1]) > 128
 
 
+def _overlaps(problem) -> bool:
+    """Whether each kernel of the backward begins under the last programs of the one before."""
+    return has_pdl(problem.q.device) and not _is_wide(problem)
+
+
 def tiles_of_rows(problem, block_m) -> int:
     """The blocks of query rows of one head, of all sequences."""
     rows_q, _, batch = counts_of(problem)
@@ -270,12 +275,12 @@ def backward_plan(problem, tile: Optional[HopperConfig] = None) -> BackwardPlan:
 
 
 def workspace(problem, plan: BackwardPlan) -> tuple:
-    """-> (stats, sums), float32, and turns, int32, or None where sums are to be zeroed;
-    uninitialised."""
+    """-> (stats, sums), float32, and Sums' turns, int32 for each block, with as much again for its
+    `done`, or None where sums are to be zeroed; uninitialised."""
     new = {"dtype": torch.float32, "device": problem.q.device}
     turns = None
     if not _is_wide(problem):
-        turns = torch.empty(plan.blocks, dtype=torch.int32, device=new["device"])
+        turns = torch.empty(2 * plan.blocks, dtype=torch.int32, device=new["device"])
     return torch.empty(plan.stats, **new), torch.empty(plan.sums, **new), turns
 
 
@@ -302,7 +307,7 @@ def sum_parts_launch(grad, partial) -> Launch:
     return Launch(sum_parts_kernel, programs, (operand(grad),), (partial,), (), counts, (), options)
 
 
-def _rows_launch(problem, kernel, operands, pointers, others, tile, dim, **more) -> Launch:
+def _rows_launch(problem, kernel, operands, pointers, counts, others, tile, dim, **more) -> Launch:
     """A call over the blocks of query rows, with so many columns, of every head."""
     p = problem
     rows_q, _, batch = counts_of(p)
@@ -313,7 +318,7 @@ def _rows_launch(problem, kernel, operands, pointers, others, tile, dim, **more)
     }  # fmt: skip
     return Launch(
         kernel, tiles * p.q.shape[-2], tuple(map(operand, operands)), pointers,
-        (p.cu_seqlens_q, p.seqused_q), (rows_q, batch, tiles), others, options,
+        (p.cu_seqlens_q, p.seqused_q), (rows_q, batch, tiles, *counts), others, options,
     )  # fmt: skip
 
 
@@ -323,14 +328,19 @@ def prepare_launch(problem, out, dout, lse, dlse, delta, stats, sums, turns, til
     pointers, rows = (lse, dlse, delta, stats, sums, turns), (out, dout)
     sums_d = hopper_dim(problem.q.shape[-1])
     dim_v = problem.v.shape[-1]
-    return _rows_launch(problem, prepare_kernel, rows, pointers, (), tile, dim_v, SUMS_D=sums_d)
+    more = {"SUMS_D": sums_d, "PDL": _overlaps(problem)}
+    return _rows_launch(problem, prepare_kernel, rows, pointers, (), (), tile, dim_v, **more)
 
 
 def finish_launch(problem, sums, turns, dq, tile) -> Launch:
     """The call that fills `dq`."""
-    scale = (mods_of(problem).scale_log2,)
+    p = problem
+    parts, scale = parts_of_group(p, tile), (mods_of(p).scale_log2,)
+    works, _ = _blocks(p, p.cu_seqlens_k, p.rows_k(), tile.block_n, p.k.shape[-2])
+    counts = (p.q.shape[-2] // (p.k.shape[-2] * parts), works)
+    more = {"PDL": True, "launch_pdl": True} if _overlaps(p) else {"PDL": False}
     return _rows_launch(
-        problem, finish_kernel, (dq,), (sums, turns), scale, tile, problem.q.shape[-1]
+        p, finish_kernel, (dq,), (sums, turns), counts, scale, tile, p.q.shape[-1], **more
     )
 
 
@@ -361,7 +371,7 @@ def backward_launch(
     options = {
         "SPEC": spec_of(p), "SCRUB": _scrubs(p), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d, "STAGES": tile.stages, "Q_TILES": tile.q_tiles,
-        **({"BLOCK_DV": block_dv} if wide else {"DOWN": ordered}),
+        **({"BLOCK_DV": block_dv} if wide else {"DOWN": ordered, "launch_pdl": True}),
         "num_warps": 4, "enable_fp_fusion": True,
     }  # fmt: skip
     programs = min(multiprocessors(p.q.device), schedule[2])

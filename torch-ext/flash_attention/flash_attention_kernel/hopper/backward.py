@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..common import LN2
 from ..masks import diagonal_shift, keep_mask_by_key
@@ -117,6 +118,7 @@ def load(
     stats: [nheads, tiles_q, 2 * BLOCK_M], flat. DOWN: the last queries first."""
     HALVES: gl.constexpr = BLOCK_N // ROWS
     SPARE: gl.constexpr = rings.k.STAGES - HALVES  # tiles of K that the work before leaves free
+    gdc_launch_dependents()  # finish_kernel's programs, where there is no more work
     count = 0
     kv_count, work_count = 0, 0
     index = gl.program_id(0)
@@ -377,7 +379,9 @@ def hopper_backward_kernel(
     rings = make_rings(q, k, v, dout, stats, 2, K_TILES, 4, STAGES, Q_TILES, BLOCK_M)
     grads = Grads(dk, dv, dk_tiles, dv_tiles)
     FLAT: gl.constexpr = sums.layout
-    to = Sums(None, sums, turns, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))
+    done = turns + tiles_q * group_size * nheads_k
+    to = Sums(None, sums, turns, done, make_ring(gl.float32, ROWS * ROWS // 256, 256, FLAT))
+    gdc_wait()  # until prepare_kernel is done
     gl.warp_specialize(
         [
             (

@@ -36,6 +36,8 @@ class Sums(NamedTuple):
     tiles: Any  # a descriptor, if not
     turns: Any  # int32 of each block: how many have added to it, or, in any order, have asked to,
     # plus STORED when the first's is there; or None: sums were zeroed
+    done: Any  # int32 of each KV head, packed of all sequences: blocks of keys that have added to
+    # all that see them; or None
     ring: Any  # of pieces, on their way to `add`; or None
 
 
@@ -231,6 +233,10 @@ def add(
             copy_pieces(sums, before, work.count + step, is_first, PIECES)
         if passes:
             pass_turn(sums.turns + before, 1 if DOWN else STORED)
+        head_k = work.head_k
+        if call.k_lengths.cu_seqlens is None:
+            head_k += work.seq * call.nheads
+        pass_turn(sums.done + head_k, 1)
         rings.notes.release(work_count)
         work_count += 1
         steps = value_of_note(rings.notes, work_count)

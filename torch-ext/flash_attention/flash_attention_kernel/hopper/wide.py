@@ -197,7 +197,7 @@ def hopper_wide_backward_kernel(
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], q.dtype)
     p_ring = make_ring(q.dtype, ROWS, BLOCK_M, DS, 1)
     grads = Grads(dk, dv, None, None)
-    to = Sums(sums[0], None, None, None)
+    to = Sums(sums[0], None, None, None, None)
     gl.warp_specialize(
         [
             (
