@@ -393,7 +393,7 @@ def hopper_backward_kernel(
     sums (float32, dQ over the softmax scale) of what prepare_kernel wrote, dk and dv Operands,
     dk_tiles and dv_tiles their descriptors where a tile has nothing but its sequence's rows, or
     None; counters Schedule's. nheads_k: of dk and dv, `parts` for each of K's, with group_size of
-    Q's each. turns: see Sums."""
+    Q's each. turns, and `done` behind them: see Sums."""
     q_lengths = Lengths(cu_seqlens_q, seqused_q, None, rows_q, batch)
     k_lengths = Lengths(cu_seqlens_k, seqused_k, leftpad_k, rows_k, batch)
     schedule = Schedule(per_head, heads, total, head_group, counters)
